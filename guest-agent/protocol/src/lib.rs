@@ -1,0 +1,26 @@
+//! What the monitor and the guest agent say to each other.
+//!
+//! The host connects to the agent's vsock port [`AGENT_PORT`]; the agent greets with [`Hello`] and then answers
+//! one [`Request`] at a time with one [`Reply`]. On the stream each message is a length-prefixed frame
+//! (see [`frame`]). This crate does no I/O, and anything malformed is an error value, never a panic.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod frame;
+mod message;
+mod report;
+
+pub use message::{Cause, GuestReset, Hello, ParseCauseError, Reply, Request};
+pub use report::{
+    DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
+    PmuStatus, Report, Timings,
+};
+
+/// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// The vsock port on which the agent listens for the host.
+pub const AGENT_PORT: u32 = 5005;

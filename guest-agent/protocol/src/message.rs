@@ -1,0 +1,161 @@
+//! Messages: the greeting, what the host asks, what the agent answers, and the names of reset causes.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt;
+use core::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Report;
+
+/// The agent's first frame on every connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`] of the agent.
+    pub version: u16,
+    /// The life number that the agent was started with (`agent.life=`), 0 if it was told none.
+    pub life: u32,
+    /// Guest TSC at the kernel entry point.
+    pub tsc_entry: u64,
+    /// Guest TSC when the vsock driver was ready.
+    pub tsc_ready: u64,
+}
+
+/// What the host asks of the agent. One at a time; each but `Reset` and `PowerOff` gets one [`Reply`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Send the [`Report`] of this life.
+    GetReport,
+    /// Answer with the same number.
+    Ping(u64),
+    /// Answer with the same bytes.
+    Echo(Vec<u8>),
+    /// Send an NMI to yourself through the local APIC and say whether the handler ran.
+    NmiSelfTest,
+    /// Reset the machine this way. No reply: the connection dies with the life.
+    Reset(GuestReset),
+    /// Power the machine off. No reply.
+    PowerOff,
+}
+
+/// What the agent answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To [`Request::GetReport`].
+    Report(Report),
+    /// To [`Request::Ping`].
+    Pong(u64),
+    /// To [`Request::Echo`].
+    Echo(Vec<u8>),
+    /// To [`Request::NmiSelfTest`]: whether the NMI handler saw the NMI. The NMI is counted as claimed.
+    NmiSelfTest {
+        /// True if the handler ran.
+        delivered: bool,
+    },
+    /// The request could not be carried out; the connection stays usable.
+    Refused(String),
+}
+
+/// A reset that the guest itself can cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestReset {
+    /// Keyboard controller: 0xfe to port 0x64.
+    I8042,
+    /// Reset control register: 0x06 to port 0xcf9.
+    Cf9,
+    /// The ACPI reset register of the command line (`agent.acpi_reset=PORT:VALUE`).
+    Acpi,
+    /// An exception with no way to deliver it.
+    Triple,
+}
+
+/// Why a life of the machine began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cause {
+    /// The machine was just created.
+    PowerOn,
+    /// The host reset it.
+    Host,
+    /// See [`GuestReset::I8042`].
+    I8042,
+    /// See [`GuestReset::Cf9`].
+    Cf9,
+    /// See [`GuestReset::Acpi`].
+    Acpi,
+    /// See [`GuestReset::Triple`].
+    Triple,
+}
+
+impl Cause {
+    /// Every cause with the name that options, tables and JSON use.
+    pub const NAMES: [(Self, &'static str); 6] = [
+        (Self::PowerOn, "power-on"),
+        (Self::Host, "host"),
+        (Self::I8042, "i8042"),
+        (Self::Cf9, "cf9"),
+        (Self::Acpi, "acpi"),
+        (Self::Triple, "triple"),
+    ];
+
+    /// The name that options, tables, the guest's command line and JSON use.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(cause, _)| *cause == self).map_or("", |(_, name)| name)
+    }
+}
+
+impl From<GuestReset> for Cause {
+    fn from(reset: GuestReset) -> Self {
+        match reset {
+            GuestReset::I8042 => Self::I8042,
+            GuestReset::Cf9 => Self::Cf9,
+            GuestReset::Acpi => Self::Acpi,
+            GuestReset::Triple => Self::Triple,
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A word that names no [`Cause`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParseCauseError;
+
+impl fmt::Display for ParseCauseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a reset cause")
+    }
+}
+
+impl core::error::Error for ParseCauseError {}
+
+impl FromStr for Cause {
+    type Err = ParseCauseError;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let found = Self::NAMES.iter().find(|(_, name)| *name == word);
+        found.map(|(cause, _)| *cause).ok_or(ParseCauseError)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_have_one_name_everywhere() {
+        for (cause, name) in Cause::NAMES {
+            assert_eq!(cause.name(), name);
+            assert_eq!(name.parse(), Ok(cause));
+            assert_eq!(serde_json::to_string(&cause).unwrap(), alloc::format!("\"{name}\""));
+        }
+        assert_eq!("Triple".parse::<Cause>(), Err(ParseCauseError));
+        assert_eq!("".parse::<Cause>(), Err(ParseCauseError));
+    }
+}
