@@ -1,0 +1,12 @@
+//! The machine: everything that needs `unsafe` because of what x86 is, behind functions that do not.
+
+mod fatal;
+pub mod gate;
+pub mod heap;
+mod memory_functions;
+pub mod mmio;
+pub mod nucleus;
+pub mod port;
+pub mod pvh;
+pub mod records;
+pub mod tsc;

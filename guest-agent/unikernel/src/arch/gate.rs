@@ -1,0 +1,149 @@
+//! Calls through the gate into ring 0; gate.s is the other side. A call costs some 16 us where ring 0 is emulated, so
+//! register accesses go in batches.
+
+use agent::pmu::{MsrOperation, Msrs};
+use agent_protocol::PmuCpuid;
+
+/// What ring 0 does; the order is that of `gate_services` in gate.s.
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum Service {
+    Wait,
+    Msrs,
+    Cpuid,
+    Tsc,
+    Triple,
+    Stop,
+}
+
+unsafe extern "C" {
+    fn gate_call(first: u64, second: u64, service: u64) -> u64;
+}
+
+fn call(first: u64, second: u64, service: Service) -> u64 {
+    // SAFETY: gate.s keeps the C calling convention, `Service` is in the order of its table, and the callers below
+    // pass what each service asks for.
+    unsafe { gate_call(first, second, service as u64) }
+}
+
+/// Sleeps until an interrupt has come in since the count `seen`; may also return early.
+pub fn wait_for_interrupt(seen: u32) {
+    call(u64::from(seen), 0, Service::Wait);
+}
+
+/// Ring 0's time-stamp counter.
+pub fn ring0_tsc() -> u64 {
+    call(0, 0, Service::Tsc)
+}
+
+/// Ends this life with an exception that cannot be delivered.
+pub fn triple_fault() -> ! {
+    call(0, 0, Service::Triple);
+    stop()
+}
+
+/// Halts for good.
+pub fn stop() -> ! {
+    loop {
+        call(0, 0, Service::Stop);
+    }
+}
+
+/// The registers of this CPU.
+pub struct CpuMsrs;
+
+impl Msrs for CpuMsrs {
+    fn run(&mut self, operations: &mut [MsrOperation]) {
+        if operations.is_empty() {
+            return;
+        }
+        let range = operations.as_mut_ptr_range();
+        // Faults come back as marks. Which registers may be written is the callers' affair: the agent owns the machine,
+        // and none of them but paging and descriptor tables (which no caller touches) bears on memory safety.
+        call(range.start as u64, range.end as u64, Service::Msrs);
+    }
+
+    fn spin(&mut self) {
+        for _ in 0..20_000 {
+            core::hint::spin_loop();
+        }
+    }
+}
+
+/// One CPUID query and its answer in EAX, EBX, ECX, EDX; the layout is that of gate.s.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct CpuidQuery {
+    leaf: u32,
+    subleaf: u32,
+    answer: [u32; 4],
+}
+
+/// CPUID as the monitor gives it. Ring 3 must not ask itself: under a software KVM it would see the host's.
+fn cpuid<const COUNT: usize>(leaves: [u32; COUNT]) -> [[u32; 4]; COUNT] {
+    let mut queries = leaves.map(|leaf| CpuidQuery { leaf, ..CpuidQuery::default() });
+    let range = queries.as_mut_ptr_range();
+    call(range.start as u64, range.end as u64, Service::Cpuid);
+    queries.map(|query| query.answer)
+}
+
+/// What CPUID tells the agent.
+pub struct CpuFacts {
+    /// The words about the PMU; leaves beyond the CPU's range are zero.
+    pub pmu: PmuCpuid,
+    /// TSC frequency, 0 if unknown.
+    pub tsc_khz: u32,
+}
+
+/// Asks for everything at once.
+pub fn cpu_facts() -> CpuFacts {
+    const HYPERVISOR: u32 = 1 << 31;
+    const TIMING_LEAF: u32 = 0x4000_0010;
+    let [basic, leaf_1, leaf_0a, leaf_15, leaf_16, hypervisor, timing, extended, amd, amd_pmu] =
+        cpuid([
+            0,
+            1,
+            0x0a,
+            0x15,
+            0x16,
+            0x4000_0000,
+            TIMING_LEAF,
+            0x8000_0000,
+            0x8000_0001,
+            0x8000_0022,
+        ]);
+    let within = |max: u32, leaf: u32, answer: [u32; 4]| if max >= leaf { answer } else { [0; 4] };
+    let mut vendor = [0; 12];
+    for (part, word) in vendor.chunks_exact_mut(4).zip([basic[1], basic[3], basic[2]]) {
+        part.copy_from_slice(&word.to_le_bytes());
+    }
+    let pmu = PmuCpuid {
+        vendor,
+        signature: leaf_1[0],
+        leaf_1_ecx: leaf_1[2],
+        leaf_0a: within(basic[0], 0x0a, leaf_0a),
+        leaf_80000001_ecx: within(extended[0], 0x8000_0001, amd)[2],
+        leaf_80000022: within(extended[0], 0x8000_0022, amd_pmu),
+    };
+    let hypervisor_max = if leaf_1[2] & HYPERVISOR != 0 { hypervisor[0] } else { 0 };
+    let told = within(hypervisor_max, TIMING_LEAF, timing)[0];
+    let [denominator, numerator, crystal_hz, _] = within(basic[0], 0x15, leaf_15);
+    let from_crystal = u64::from(crystal_hz) * u64::from(numerator) / u64::from(denominator.max(1));
+    let base_mhz = within(basic[0], 0x16, leaf_16)[0] & 0xffff;
+    let tsc_khz = match (told, (from_crystal / 1000) as u32) {
+        (0, 0) => base_mhz * 1000,
+        (0, khz) | (khz, _) => khz,
+    };
+    CpuFacts { pmu, tsc_khz }
+}
+
+/// Sends this CPU an NMI through its own local APIC (x2APIC mode).
+pub fn send_self_nmi() {
+    const X2APIC_ID: u32 = 0x802;
+    const X2APIC_ICR: u32 = 0x830;
+    const ASSERT_NMI: u64 = 0x4400;
+    let mut id = [MsrOperation::read(X2APIC_ID)];
+    CpuMsrs.run(&mut id);
+    let destination = id[0].result().unwrap_or(0) << 32;
+    CpuMsrs.run(&mut [MsrOperation::write(X2APIC_ICR, destination | ASSERT_NMI)]);
+}

@@ -1,0 +1,101 @@
+# The gate: what ring 3 asks of ring 0. `ud2` is the one way in that works alike on hardware, under nested
+# SVM and where ring 0 is emulated. Ring 0 may change the registers that a C call may change, no others.
+
+# u64 gate_call(argument: rdi, argument: rsi, service number: rdx), run in ring 3.
+.globl gate_call
+gate_call:
+    movl %edx, %eax
+gate_site:
+    ud2
+    ret
+
+trap_6:
+    cmpq $gate_site, (%rsp)
+    jne 1f
+    addq $2, (%rsp)
+    jmpq *gate_services(,%rax,8)
+1:  pushq $0
+    pushq $6
+    jmp trap_fatal
+
+# In the order of `Service` in gate.rs, the only caller of gate_call.
+.balign 8
+gate_services:
+    .quad gate_wait, gate_msrs, gate_cpuid, gate_tsc, gate_triple, gate_stop
+
+# rdi = the interrupt count last seen. Halts unless it has moved on. The end-of-interrupt belongs here, not in the
+# handler: while ring 3 is awake it polls, and must not be interrupted again.
+gate_wait:
+    cmpl irq_count, %edi
+    jne 1f
+    movl $0x80b, %ecx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    wrmsr
+    sti                             # takes effect after the next instruction: no wake-up is lost
+    hlt
+1:  iretq
+
+# rdi, rsi = start and end of an array of `MsrOperation`; at least one.
+gate_msrs:
+    movl (%rdi), %ecx
+    cmpb $0, 4(%rdi)
+    jne 1f
+rdmsr_site:
+    rdmsr
+    movl %eax, 8(%rdi)
+    movl %edx, 12(%rdi)
+    jmp 2f
+1:  movl 8(%rdi), %eax
+    movl 12(%rdi), %edx
+wrmsr_site:
+    wrmsr
+2:  addq $16, %rdi
+    cmpq %rsi, %rdi
+    jne gate_msrs
+    iretq
+
+# A general-protection fault at one of the two instructions above is an answer, any other is fatal.
+trap_13:
+    cmpq $rdmsr_site, 8(%rsp)
+    je 1f
+    cmpq $wrmsr_site, 8(%rsp)
+    je 1f
+    pushq $13
+    jmp trap_fatal
+1:  movb $1, 5(%rdi)
+    addq $8, %rsp
+    movq $2b, (%rsp)
+    iretq
+
+# rdi, rsi = start and end of an array of `CpuidQuery`; at least one.
+gate_cpuid:
+    movq %rbx, %r8
+1:  movl (%rdi), %eax
+    movl 4(%rdi), %ecx
+    cpuid
+    movl %eax, 8(%rdi)
+    movl %ebx, 12(%rdi)
+    movl %ecx, 16(%rdi)
+    movl %edx, 20(%rdi)
+    addq $24, %rdi
+    cmpq %rsi, %rdi
+    jne 1b
+    movq %r8, %rbx
+    iretq
+
+gate_tsc:
+    rdtsc
+    shlq $32, %rdx
+    orq %rdx, %rax
+    iretq
+
+# An exception that cannot be delivered: shutdown.
+gate_triple:
+    lidt empty_idt_pointer
+    ud2
+
+gate_stop:
+    cli
+    hlt
+    jmp gate_stop

@@ -1,0 +1,11 @@
+//! Memory that devices use: rings and buffers. Nothing else in the agent gives an address to a device.
+//!
+//! Memory is identity-mapped, so addresses need no translation, and it is never freed.
+
+mod buffer;
+mod hal;
+mod queue;
+
+pub use buffer::Pool;
+pub use hal::report;
+pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};

@@ -1,0 +1,79 @@
+//! What `virtio-drivers` asks of the platform, with the tracker listening.
+
+use core::cell::{RefCell, UnsafeCell};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use agent::dma_tracker::{DmaTracker, Span};
+use agent_protocol::DmaReport;
+use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
+
+/// Three queues with two rings each, none of them larger than a page.
+const RING_PAGES: usize = 6;
+
+#[repr(C, align(4096))]
+struct RingPages(UnsafeCell<[[u8; PAGE_SIZE]; RING_PAGES]>);
+
+// SAFETY: nothing here reads or writes the pages; `dma_alloc` gives each to one queue.
+unsafe impl Sync for RingPages {}
+
+static RINGS: RingPages = RingPages(UnsafeCell::new([[0; PAGE_SIZE]; RING_PAGES]));
+static RINGS_USED: AtomicUsize = AtomicUsize::new(0);
+
+struct Tracker(RefCell<DmaTracker>);
+
+// SAFETY: the agent has one CPU and one thread, and ring 0's handlers know nothing of the tracker.
+unsafe impl Sync for Tracker {}
+
+static TRACKER: Tracker = Tracker(RefCell::new(DmaTracker::new()));
+
+/// What the tracker saw so far.
+pub fn report() -> DmaReport {
+    TRACKER.0.borrow().report()
+}
+
+/// The platform.
+pub(super) struct AgentHal;
+
+fn span(buffer: NonNull<[u8]>, direction: BufferDirection) -> Span {
+    let device_writes = direction != BufferDirection::DriverToDevice;
+    Span { start: buffer.cast::<u8>().as_ptr() as u64, len: buffer.len() as u64, device_writes }
+}
+
+// SAFETY: pages come zeroed from the image's bss, aligned, each given out once; physical and virtual addresses are the
+// same by the identity map of tables.s.
+unsafe impl Hal for AgentHal {
+    fn dma_alloc(pages: usize, direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
+        let first = RINGS_USED.fetch_add(pages, Ordering::Relaxed);
+        if first + pages > RING_PAGES {
+            // Zero means failure.
+            return (0, NonNull::dangling());
+        }
+        let rings = NonNull::from(&RINGS.0).cast::<u8>();
+        // SAFETY: `first` is below RING_PAGES, so the result lies in the same static.
+        let start = unsafe { rings.add(first * PAGE_SIZE) };
+        let bytes = NonNull::slice_from_raw_parts(start, pages * PAGE_SIZE);
+        TRACKER.0.borrow_mut().share_ring(span(bytes, direction));
+        (start.as_ptr() as PhysAddr, start)
+    }
+
+    unsafe fn dma_dealloc(_: PhysAddr, _: NonNull<u8>, _: usize) -> i32 {
+        // Queues live as long as the machine; a dropped one (failed setup) only wastes its pages.
+        0
+    }
+
+    unsafe fn mmio_phys_to_virt(address: PhysAddr, _: usize) -> NonNull<u8> {
+        // For PCI alone, which the agent does not drive.
+        unreachable!("no PCI device, but {address:#x}")
+    }
+
+    unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
+        let in_order = TRACKER.0.borrow_mut().hand_over(span(buffer, direction));
+        debug_assert!(in_order, "{:?}", report().violations);
+        buffer.cast::<u8>().as_ptr() as PhysAddr
+    }
+
+    unsafe fn unshare(_: PhysAddr, buffer: NonNull<[u8]>, direction: BufferDirection) {
+        TRACKER.0.borrow_mut().hand_back(span(buffer, direction));
+    }
+}

@@ -1,0 +1,201 @@
+//! Virtqueues that own their buffers, so that no one else can touch a buffer that is the device's.
+
+use core::sync::atomic::{Ordering, fence};
+
+use virtio_drivers::Result;
+use virtio_drivers::queue::VirtQueue;
+use virtio_drivers::transport::Transport;
+
+use super::buffer::{DmaBuffer, Pool};
+use super::hal::AgentHal;
+
+/// The device broke the rules of the ring; the queue is of no more use.
+#[derive(Clone, Copy, Debug)]
+pub struct BrokenQueue;
+
+/// A buffer in the device's hands.
+#[derive(Clone, Copy)]
+struct Posted {
+    slot: usize,
+    len: usize,
+}
+
+/// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
+struct Slots<const SIZE: usize, const LEN: usize> {
+    ring: VirtQueue<AgentHal, SIZE>,
+    index: u16,
+    buffers: &'static mut [DmaBuffer<LEN>; SIZE],
+    /// By descriptor.
+    posted: [Option<Posted>; SIZE],
+}
+
+impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
+    fn new(
+        transport: &mut impl Transport,
+        index: u16,
+        pool: &'static Pool<SIZE, LEN>,
+    ) -> Result<Self> {
+        // No event index: `VirtQueue::should_notify` compares it without wrapping and would lose a notification once
+        // in 65,536 packets. The flags do as well.
+        let ring = VirtQueue::new(transport, index, false, false)?;
+        Ok(Self { ring, index, buffers: pool.take(), posted: [None; SIZE] })
+    }
+
+    /// Gives the first `len` bytes of a buffer to the device, to be written or to be read.
+    fn post(&mut self, slot: usize, len: usize, device_writes: bool) -> Result {
+        let buffer = &mut self.buffers[slot].bytes_mut()[..len];
+        // SAFETY: the buffer is static and, being `posted` from here on, not touched before `pop`.
+        let token = unsafe {
+            if device_writes {
+                self.ring.add(&[], &mut [buffer])?
+            } else {
+                self.ring.add(&[buffer], &mut [])?
+            }
+        };
+        self.posted[usize::from(token)] = Some(Posted { slot, len });
+        Ok(())
+    }
+
+    /// Takes the next buffer back that the device has finished with: its slot and how much the device says it wrote.
+    fn pop(&mut self, device_writes: bool) -> core::result::Result<Option<Posted>, BrokenQueue> {
+        let Some(token) = self.ring.peek_used() else { return Ok(None) };
+        let entry = self.posted.get_mut(usize::from(token)).ok_or(BrokenQueue)?;
+        let Posted { slot, len } = entry.take().ok_or(BrokenQueue)?;
+        let buffer = &mut self.buffers[slot].bytes_mut()[..len];
+        // SAFETY: `posted` had these bytes under this token, so they are what `add` was given.
+        let written = unsafe {
+            if device_writes {
+                self.ring.pop_used(token, &[], &mut [buffer])
+            } else {
+                self.ring.pop_used(token, &[buffer], &mut [])
+            }
+        };
+        match written {
+            Ok(written) if written as usize <= len => {
+                Ok(Some(Posted { slot, len: written as usize }))
+            }
+            _ => Err(BrokenQueue),
+        }
+    }
+
+    fn notify(&self, transport: &mut impl Transport) {
+        // The device must see the new index before we look whether it sleeps (virtio 1.3, section 2.7.13.4.1).
+        fence(Ordering::SeqCst);
+        if self.ring.should_notify() {
+            transport.notify(self.index);
+        }
+    }
+}
+
+/// A queue on which the device gives data to the guest. Its buffers are always posted.
+pub struct ToGuestQueue<const SIZE: usize, const LEN: usize>(Slots<SIZE, LEN>);
+
+impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
+    /// Sets the queue up and posts all buffers; the device learns of them by [`Self::notify`].
+    ///
+    /// # Errors
+    /// If the device has no such queue.
+    pub fn new(
+        transport: &mut impl Transport,
+        index: u16,
+        pool: &'static Pool<SIZE, LEN>,
+    ) -> Result<Self> {
+        let mut slots = Slots::new(transport, index, pool)?;
+        for slot in 0..SIZE {
+            slots.post(slot, LEN, true)?;
+        }
+        Ok(Self(slots))
+    }
+
+    /// Lets `read` look at the next buffer that the device has filled, then posts it again. Returns what `read` did.
+    ///
+    /// # Errors
+    /// If the device broke the rules of the ring.
+    pub fn take<T>(
+        &mut self,
+        read: impl FnOnce(&[u8]) -> T,
+    ) -> core::result::Result<Option<T>, BrokenQueue> {
+        let Some(Posted { slot, len }) = self.0.pop(true)? else { return Ok(None) };
+        let result = read(&self.0.buffers[slot].bytes_mut()[..len]);
+        self.0.post(slot, LEN, true).map_err(|_| BrokenQueue)?;
+        Ok(Some(result))
+    }
+
+    /// Whether the device has filled a buffer.
+    pub fn is_ready(&self) -> bool {
+        self.0.ring.can_pop()
+    }
+
+    /// Asks for interrupts, or for none.
+    pub fn set_interrupts(&mut self, wanted: bool) {
+        self.0.ring.set_dev_notify(wanted);
+    }
+
+    /// Tells the device of newly posted buffers, if it wants to know.
+    pub fn notify(&self, transport: &mut impl Transport) {
+        self.0.notify(transport);
+    }
+}
+
+/// A queue on which the guest gives data to the device.
+pub struct ToHostQueue<const SIZE: usize, const LEN: usize> {
+    slots: Slots<SIZE, LEN>,
+    busy: [bool; SIZE],
+}
+
+impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
+    /// Sets the queue up, without interrupts.
+    ///
+    /// # Errors
+    /// If the device has no such queue.
+    pub fn new(
+        transport: &mut impl Transport,
+        index: u16,
+        pool: &'static Pool<SIZE, LEN>,
+    ) -> Result<Self> {
+        let mut slots = Slots::new(transport, index, pool)?;
+        slots.ring.set_dev_notify(false);
+        Ok(Self { slots, busy: [false; SIZE] })
+    }
+
+    /// Sends as long as there is a free buffer and `write` fills it (returning how much), then notifies once.
+    ///
+    /// # Errors
+    /// If the device broke the rules of the ring.
+    pub fn send(
+        &mut self,
+        transport: &mut impl Transport,
+        mut write: impl FnMut(&mut [u8]) -> Option<usize>,
+    ) -> core::result::Result<(), BrokenQueue> {
+        while let Some(Posted { slot, .. }) = self.slots.pop(false)? {
+            self.busy[slot] = false;
+        }
+        let mut sent = false;
+        while let Some(slot) = self.busy.iter().position(|busy| !busy)
+            && let Some(len) = write(self.slots.buffers[slot].bytes_mut())
+        {
+            self.slots.post(slot, len, false).map_err(|_| BrokenQueue)?;
+            self.busy[slot] = true;
+            sent = true;
+        }
+        if sent {
+            self.slots.notify(transport);
+        }
+        Ok(())
+    }
+
+    /// Whether every buffer waits for the device.
+    pub fn is_full(&self) -> bool {
+        self.busy.iter().all(|busy| *busy)
+    }
+
+    /// Whether the device has finished with a buffer.
+    pub fn is_ready(&self) -> bool {
+        self.slots.ring.can_pop()
+    }
+
+    /// Asks for interrupts when buffers become free, or for none.
+    pub fn set_interrupts(&mut self, wanted: bool) {
+        self.slots.ring.set_dev_notify(wanted);
+    }
+}

@@ -1,0 +1,184 @@
+//! The agent itself: what it remembers of this life and how it answers the host.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use agent::kernel_log::{Clock, KernelLog, Level};
+use agent::nmi::NmiAccount;
+use agent::params::{Params, PortWrite};
+use agent::pmu;
+use agent::vsock::Answer;
+use agent_protocol::{
+    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Reply, Report, Request, Timings,
+};
+
+use crate::arch::{gate, port, pvh, records, tsc};
+use crate::dma;
+
+/// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
+const PATIENCE: u32 = 1 << 18;
+
+/// The agent of one life.
+pub struct Agent {
+    params: Params,
+    cmdline: String,
+    log: KernelLog,
+    nmi_account: NmiAccount,
+    pmu: Option<PmuReport>,
+    timings: Timings,
+    register_accesses: u32,
+}
+
+impl Agent {
+    /// An agent that has looked at nothing but its command line.
+    pub fn new(cmdline: String, params: Params, tsc_agent: u64) -> Self {
+        let tsc_entry = records::boot().tsc_entry;
+        Self {
+            params,
+            cmdline,
+            log: KernelLog::new(),
+            nmi_account: NmiAccount::default(),
+            pmu: None,
+            timings: Timings { tsc_entry, tsc_agent, ..Timings::default() },
+            register_accesses: 0,
+        }
+    }
+
+    /// Logs a line with the present time.
+    pub fn log(&mut self, level: Level, text: String) {
+        self.log.push(tsc::now(), level, text);
+    }
+
+    /// Notes that the vsock driver is ready and what it took.
+    pub fn set_ready(&mut self, register_accesses: u32) {
+        self.timings.tsc_ready = tsc::now();
+        self.register_accesses = register_accesses;
+    }
+
+    /// What a kernel says and checks while it boots. The first connection is greeted before, to be greeted early; nothing
+    /// is answered before.
+    pub fn finish_boot(&mut self) {
+        if self.pmu.is_some() {
+            return;
+        }
+        let facts = gate::cpu_facts();
+        self.timings.tsc_khz = facts.tsc_khz;
+        self.log_boot();
+        let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
+        for (level, text) in lines {
+            self.log(level, text);
+        }
+        self.pmu = Some(report);
+    }
+
+    /// The report of this life so far.
+    pub fn report(&mut self) -> Report {
+        self.finish_boot();
+        let nmis = records::nmis();
+        for (tsc, text) in self.nmi_account.log_lines(&nmis) {
+            self.log.push(tsc, Level::Emergency, text);
+        }
+        let timings = Timings { tsc_report: tsc::now(), ..self.timings };
+        let clock = Clock { tsc_entry: timings.tsc_entry, tsc_khz: timings.tsc_khz };
+        Report {
+            life: self.params.life,
+            cause: self.params.cause,
+            dmesg: self.log.to_lines(clock),
+            dmesg_dropped: self.log.dropped(),
+            pmu: self.pmu.clone().expect("finish_boot has checked the PMU"),
+            nmi: self.nmi_account.report(&nmis),
+            exceptions: records::exceptions().collect(),
+            dma: dma::report(),
+            timings,
+        }
+    }
+
+    /// Powers the machine off, or halts where nobody said how.
+    pub fn power_off(&mut self) -> ! {
+        if let Some(PortWrite { port, value }) = self.params.acpi_poweroff {
+            port::write(port, value);
+        }
+        gate::stop()
+    }
+
+    fn log_boot(&mut self) {
+        let version = env!("CARGO_PKG_VERSION");
+        let tsc = self.timings.tsc_entry;
+        let mut log = |text| self.log.push(tsc, Level::Info, text);
+        log(format!("Cleanslate guest agent version {version}"));
+        log(format!("Command line: {}", self.cmdline));
+        let map: Vec<_> = pvh::memory_map();
+        if !map.is_empty() {
+            log("BIOS-provided physical RAM map:".into());
+        }
+        for range in map.iter().filter(|range| range.len > 0) {
+            let (start, last) = (range.start, range.start.wrapping_add(range.len).wrapping_sub(1));
+            let kind = if range.kind == 1 { "usable" } else { "reserved" };
+            log(format!("BIOS-e820: [mem {start:#018x}-{last:#018x}] {kind}"));
+        }
+        for (number, device) in self.params.devices().enumerate() {
+            let (base, last, irq) = (device.base, device.base + device.size - 1, device.irq);
+            let name = format!("virtio-mmio.{number}");
+            log(format!(
+                "virtio-mmio: Registering device {name} at {base:#x}-{last:#x}, IRQ {irq}."
+            ));
+        }
+        if self.timings.tsc_ready != 0 {
+            let accesses = self.register_accesses;
+            let text = format!("virtio_vsock: ready after {accesses} register accesses");
+            self.log.push(self.timings.tsc_ready, Level::Info, text);
+        }
+    }
+
+    fn nmi_self_test(&mut self) -> bool {
+        let before = records::nmi_count();
+        self.nmi_account.claim(before);
+        gate::send_self_nmi();
+        wait_until(|| records::nmi_count() != before)
+    }
+
+    /// Comes back only if the reset did not happen.
+    fn reset(&mut self, reset: GuestReset) -> Reply {
+        match reset {
+            GuestReset::I8042 => port::write(0x64, 0xfe),
+            GuestReset::Cf9 => port::write(0xcf9, 0x06),
+            GuestReset::Triple => gate::triple_fault(),
+            GuestReset::Acpi => match self.params.acpi_reset {
+                Some(PortWrite { port, value }) => port::write(port, value),
+                None => return Reply::Refused("no agent.acpi_reset= on the command line".into()),
+            },
+        }
+        wait_until(|| false);
+        Reply::Refused(format!("the machine did not reset ({reset:?})"))
+    }
+}
+
+impl Answer for Agent {
+    fn hello(&self) -> Hello {
+        let Timings { tsc_entry, tsc_ready, .. } = self.timings;
+        Hello { version: PROTOCOL_VERSION, life: self.params.life, tsc_entry, tsc_ready }
+    }
+
+    fn answer(&mut self, request: Request) -> Option<Reply> {
+        Some(match request {
+            Request::GetReport => Reply::Report(self.report()),
+            Request::Ping(number) => Reply::Pong(number),
+            Request::Echo(bytes) => Reply::Echo(bytes),
+            Request::NmiSelfTest => Reply::NmiSelfTest { delivered: self.nmi_self_test() },
+            Request::Reset(reset) => self.reset(reset),
+            Request::PowerOff => self.power_off(),
+        })
+    }
+
+    fn warn(&mut self, text: String) {
+        self.log(Level::Warning, text);
+    }
+}
+
+fn wait_until(done: impl Fn() -> bool) -> bool {
+    (0..PATIENCE).any(|_| {
+        core::hint::spin_loop();
+        done()
+    })
+}

@@ -1,0 +1,102 @@
+//! Cleanslate's guest agent: a kernel of a few hundred lines in ring 0 (`arch`) and, in ring 3, an agent that tells the
+//! host over vsock what it found of its machine.
+//!
+//! `unsafe` is confined to `arch` (the processor) and `dma` (memory that devices write).
+
+#![no_std]
+#![no_main]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+#[allow(unsafe_code)]
+mod arch;
+#[allow(unsafe_code)]
+mod dma;
+mod guest;
+mod io_apic;
+mod serial;
+mod virtio;
+
+use core::fmt::Write;
+
+use agent::kernel_log::Level;
+use agent::params::Params;
+use agent::vsock::Listener;
+use alloc::format;
+use virtio_drivers::transport::DeviceType;
+
+use arch::mmio::Registers;
+use arch::{heap, pvh, tsc};
+use guest::Agent;
+use serial::Serial;
+use virtio::{MmioTransport, VsockDevice};
+
+/// Where ring 3 begins (tables.s).
+extern "C" fn agent_start() -> ! {
+    tsc::init();
+    let tsc_agent = tsc::now();
+    heap::init();
+    let cmdline = pvh::cmdline();
+    let params = Params::parse(&cmdline);
+    let serial_report = params.serial_report;
+    let mut agent = Agent::new(cmdline, params.clone(), tsc_agent);
+    if serial_report {
+        report_on_serial(&mut agent);
+    }
+    match start_vsock(&params, &mut agent) {
+        Some(device) => serve(device, agent),
+        // Nobody can be told but whoever reads the console.
+        None => report_on_serial(&mut agent),
+    }
+}
+
+/// The first vsock device of the command line, running.
+fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
+    let (irq, transport) = params.devices().find_map(|device| {
+        let registers = Registers::at(device.base, device.size)?;
+        Some((device.irq, MmioTransport::find(registers, DeviceType::Socket)?))
+    })?;
+    io_apic::route(irq);
+    match VsockDevice::start(transport) {
+        Ok(device) => {
+            agent.set_ready(device.register_accesses());
+            Some(device)
+        }
+        Err(error) => {
+            agent.log(Level::Error, format!("virtio_vsock: probe failed: {error}"));
+            None
+        }
+    }
+}
+
+/// The agent's life. Each round takes what has come in, lets greetings out, answers, and sends.
+fn serve(mut device: VsockDevice, mut agent: Agent) -> ! {
+    let mut listener = Listener::new(device.guest_cid());
+    loop {
+        let round = device.receive(&mut listener, &mut agent).and_then(|()| {
+            device.send(&mut listener)?;
+            if listener.has_connections() {
+                agent.finish_boot();
+            }
+            listener.serve(&mut agent);
+            device.send(&mut listener)
+        });
+        if round.is_err() {
+            agent.log(Level::Error, "virtio_vsock: the device broke a ring".into());
+            report_on_serial(&mut agent);
+        }
+        device.wait();
+    }
+}
+
+/// Prints the report as one line of JSON and ends.
+fn report_on_serial(agent: &mut Agent) -> ! {
+    let report = agent.report();
+    let mut serial = Serial::new();
+    // Neither can fail: the report has no maps with odd keys, and the port takes everything.
+    if let Ok(json) = serde_json::to_string(&report) {
+        let _ = writeln!(serial, "{json}");
+    }
+    agent.power_off()
+}

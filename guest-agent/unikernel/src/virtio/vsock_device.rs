@@ -1,0 +1,177 @@
+//! The vsock device (virtio 1.3, section 5.10): set-up, its three queues, and when to sleep.
+
+use core::fmt;
+use core::sync::atomic::{Ordering, fence};
+
+use agent::vsock::{HEADER_LEN, Listener};
+use virtio_drivers::transport::{DeviceStatus, Transport};
+
+use super::MmioTransport;
+use crate::arch::{gate, records};
+use crate::dma::{BrokenQueue, Pool, ToGuestQueue, ToHostQueue};
+
+const TO_GUEST: u16 = 0;
+const TO_HOST: u16 = 1;
+const EVENT: u16 = 2;
+
+/// A page of payload and its header, in whole cache lines.
+const PACKET_LEN: usize = 4096 + HEADER_LEN.next_multiple_of(64);
+const TO_GUEST_PACKETS: usize = 32;
+const TO_HOST_PACKETS: usize = 16;
+const EVENTS: usize = 8;
+/// An event has four bytes; a cache line of its own keeps the device's writes apart from everything else.
+const EVENT_LEN: usize = 64;
+const TRANSPORT_RESET: u32 = 0;
+
+const VERSION_1: u64 = 1 << 32;
+
+/// How often to look at the rings before sleeping: some 30 us, about what going to sleep and waking up costs.
+const POLLS: u32 = 1500;
+
+static TO_GUEST_POOL: Pool<TO_GUEST_PACKETS, PACKET_LEN> = Pool::new();
+static TO_HOST_POOL: Pool<TO_HOST_PACKETS, PACKET_LEN> = Pool::new();
+static EVENT_POOL: Pool<EVENTS, EVENT_LEN> = Pool::new();
+
+/// Why there is no vsock.
+#[derive(Clone, Copy, Debug)]
+pub enum StartError {
+    /// The device is older than virtio 1.0 or refuses our features.
+    Features,
+    /// A queue is missing or too small.
+    Queue(virtio_drivers::Error),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Features => f.write_str("device does not accept VIRTIO_F_VERSION_1"),
+            Self::Queue(error) => write!(f, "queue: {error}"),
+        }
+    }
+}
+
+/// The running device.
+pub struct VsockDevice {
+    transport: MmioTransport,
+    to_guest: ToGuestQueue<TO_GUEST_PACKETS, PACKET_LEN>,
+    to_host: ToHostQueue<TO_HOST_PACKETS, PACKET_LEN>,
+    events: ToGuestQueue<EVENTS, EVENT_LEN>,
+}
+
+impl VsockDevice {
+    /// Sets the device up (section 3.1.1), one status bit at a time as strict monitors want it.
+    ///
+    /// # Errors
+    /// If the device does not play along.
+    pub fn start(mut transport: MmioTransport) -> Result<Self, StartError> {
+        let mut status = DeviceStatus::empty();
+        transport.set_status(status);
+        for bit in [DeviceStatus::ACKNOWLEDGE, DeviceStatus::DRIVER] {
+            status |= bit;
+            transport.set_status(status);
+        }
+        // Streams are what a vsock device does when no feature of its own was negotiated.
+        transport.write_driver_features(VERSION_1);
+        status |= DeviceStatus::FEATURES_OK;
+        transport.set_status(status);
+        // A device that does not offer VERSION_1 must not accept it either, so reading the offer adds nothing.
+        if !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
+            return Err(StartError::Features);
+        }
+        let to_guest = ToGuestQueue::new(&mut transport, TO_GUEST, &TO_GUEST_POOL);
+        let to_host = ToHostQueue::new(&mut transport, TO_HOST, &TO_HOST_POOL);
+        let events = ToGuestQueue::new(&mut transport, EVENT, &EVENT_POOL);
+        let mut device = Self {
+            to_guest: to_guest.map_err(StartError::Queue)?,
+            to_host: to_host.map_err(StartError::Queue)?,
+            events: events.map_err(StartError::Queue)?,
+            transport,
+        };
+        device.set_interrupts(false);
+        device.transport.set_status(status | DeviceStatus::DRIVER_OK);
+        device.to_guest.notify(&mut device.transport);
+        device.events.notify(&mut device.transport);
+        Ok(device)
+    }
+
+    /// Our context id. Its upper half is reserved and zero.
+    pub fn guest_cid(&self) -> u64 {
+        self.transport.config_word(0).into()
+    }
+
+    /// How many register accesses there were.
+    pub fn register_accesses(&self) -> u32 {
+        self.transport.accesses()
+    }
+
+    /// Hands everything that has come in to the listener.
+    ///
+    /// # Errors
+    /// If the device broke the rules of a ring.
+    pub fn receive(
+        &mut self,
+        listener: &mut Listener,
+        agent: &mut impl agent::vsock::Answer,
+    ) -> Result<(), BrokenQueue> {
+        let mut event = None;
+        while let Some(id) = self.events.take(|bytes| bytes.first_chunk().copied())? {
+            event = id.map(u32::from_le_bytes);
+        }
+        if event.is_some() {
+            self.events.notify(&mut self.transport);
+        }
+        if event == Some(TRANSPORT_RESET) {
+            listener.transport_reset(self.guest_cid());
+        }
+        // At most one ring's worth, so that answers get out even if the host never pauses.
+        let mut taken = 0;
+        while taken < TO_GUEST_PACKETS
+            && self.to_guest.take(|packet| listener.receive(packet, agent))?.is_some()
+        {
+            taken += 1;
+        }
+        if taken > 0 {
+            self.to_guest.notify(&mut self.transport);
+        }
+        Ok(())
+    }
+
+    /// Sends what the listener has to send, as far as there are free buffers.
+    ///
+    /// # Errors
+    /// If the device broke the rules of the ring.
+    pub fn send(&mut self, listener: &mut Listener) -> Result<(), BrokenQueue> {
+        self.to_host.send(&mut self.transport, |buffer| listener.next_packet(buffer))
+    }
+
+    /// Returns when there is something to do: polls for a while, then sleeps.
+    pub fn wait(&mut self) {
+        for _ in 0..POLLS {
+            if self.is_ready() {
+                return;
+            }
+            core::hint::spin_loop();
+        }
+        let seen = records::interrupts();
+        self.set_interrupts(true);
+        // The device must see the wish before we look for the last time (section 2.7.7.1).
+        fence(Ordering::SeqCst);
+        if !self.is_ready() {
+            gate::wait_for_interrupt(seen);
+            self.transport.acknowledge_all();
+        }
+        self.set_interrupts(false);
+    }
+
+    fn is_ready(&self) -> bool {
+        self.to_guest.is_ready()
+            || self.events.is_ready()
+            || (self.to_host.is_full() && self.to_host.is_ready())
+    }
+
+    fn set_interrupts(&mut self, wanted: bool) {
+        self.to_guest.set_interrupts(wanted);
+        self.events.set_interrupts(wanted);
+        self.to_host.set_interrupts(wanted && self.to_host.is_full());
+    }
+}

@@ -1,0 +1,287 @@
+use agent_protocol::{Hello, Reply, Request};
+
+use super::*;
+
+const CID: u64 = 3;
+
+#[derive(Default)]
+struct FakeAgent {
+    warnings: Vec<String>,
+}
+
+impl Answer for FakeAgent {
+    fn hello(&self) -> Hello {
+        Hello { version: 1, life: 1, tsc_entry: 0, tsc_ready: 0 }
+    }
+
+    fn answer(&mut self, request: Request) -> Option<Reply> {
+        match request {
+            Request::Ping(number) => Some(Reply::Pong(number)),
+            Request::Echo(bytes) => Some(Reply::Echo(bytes)),
+            _ => None,
+        }
+    }
+
+    fn warn(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+}
+
+/// A host with one listener; it counts what it has sent and received on its one port.
+struct Host {
+    listener: Listener,
+    agent: FakeAgent,
+    template: Header,
+    bytes: Vec<u8>,
+}
+
+impl Host {
+    fn new() -> Self {
+        let template = Header {
+            source_cid: HOST_CID,
+            destination_cid: CID,
+            source_port: 1000,
+            destination_port: AGENT_PORT,
+            len: 0,
+            operation: Operation::Request,
+            flags: 0,
+            buf_alloc: 1 << 20,
+            fwd_cnt: 0,
+        };
+        Self { listener: Listener::new(CID), agent: FakeAgent::default(), template, bytes: vec![] }
+    }
+
+    fn connected() -> Self {
+        let mut host = Self::new();
+        host.send(Operation::Request, &[]);
+        assert_eq!(host.operations(), [Operation::Response, Operation::Rw]);
+        host.bytes.clear();
+        host
+    }
+
+    fn send_header(&mut self, header: Header, payload: &[u8]) {
+        let mut bytes = [0; HEADER_LEN];
+        Header { len: payload.len() as u32, ..header }.write(&mut bytes);
+        self.listener.receive(&[&bytes, payload].concat(), &mut self.agent);
+        self.listener.serve(&mut self.agent);
+    }
+
+    fn send(&mut self, operation: Operation, payload: &[u8]) {
+        self.send_header(Header { operation, ..self.template }, payload);
+    }
+
+    /// Takes all packets; payload goes to `bytes` and counts as forwarded.
+    fn packets(&mut self) -> Vec<Header> {
+        let mut packets = vec![];
+        let mut buffer = [0; 1024];
+        while let Some(len) = self.listener.next_packet(&mut buffer) {
+            let (header, payload) = Header::parse(&buffer[..len]).unwrap();
+            self.bytes.extend_from_slice(payload);
+            self.template.fwd_cnt = self.template.fwd_cnt.wrapping_add(header.len);
+            packets.push(header);
+            self.listener.serve(&mut self.agent);
+        }
+        packets
+    }
+
+    fn operations(&mut self) -> Vec<Operation> {
+        self.packets().iter().map(|header| header.operation).collect()
+    }
+}
+
+#[test]
+fn a_connection_is_greeted_at_once() {
+    let mut host = Host::new();
+    host.send(Operation::Request, &[]);
+    let packets = host.packets();
+    assert_eq!(packets.len(), 2);
+    assert_eq!((packets[0].operation, packets[0].buf_alloc), (Operation::Response, BUF_ALLOC));
+    let hello = frame::decode::<Hello>(&host.bytes).unwrap().unwrap().0;
+    assert_eq!(hello, host.agent.hello());
+}
+
+#[test]
+fn requests_may_be_split_and_pipelined() {
+    let mut host = Host::connected();
+    let bytes =
+        [frame::encode(&Request::Ping(1)).unwrap(), frame::encode(&Request::Ping(2)).unwrap()];
+    for byte in bytes.concat() {
+        host.send(Operation::Rw, &[byte]);
+    }
+    host.packets();
+    host.send(Operation::Rw, &bytes.concat());
+    host.packets();
+    let mut at = 0;
+    for number in [1, 2, 1, 2] {
+        let (reply, used) = frame::decode::<Reply>(&host.bytes[at..]).unwrap().unwrap();
+        assert_eq!(reply, Reply::Pong(number));
+        at += used;
+    }
+    assert_eq!(at, host.bytes.len());
+}
+
+#[test]
+fn a_large_echo_gets_credit_in_both_directions() {
+    let mut host = Host::connected();
+    let request = frame::encode(&Request::Echo(vec![7; 200_000])).unwrap();
+    let mut updates = 0;
+    for chunk in request.chunks(4096) {
+        host.send(Operation::Rw, chunk);
+        updates += host.operations().iter().filter(|o| **o == Operation::CreditUpdate).count();
+    }
+    assert!((5..=7).contains(&updates), "{updates}");
+    let reply = frame::decode::<Reply>(&host.bytes).unwrap().unwrap().0;
+    assert_eq!(reply, Reply::Echo(vec![7; 200_000]));
+}
+
+#[test]
+fn nothing_is_sent_beyond_the_hosts_credit() {
+    let mut host = Host::new();
+    host.template.buf_alloc = 5;
+    host.send(Operation::Request, &[]);
+    let mut buffer = [0; 1024];
+    let mut next = |host: &mut Host| {
+        let len = host.listener.next_packet(&mut buffer)?;
+        Header::parse(&buffer[..len]).ok().map(|(header, _)| (header.operation, header.len))
+    };
+    assert_eq!(next(&mut host), Some((Operation::Response, 0)));
+    assert_eq!(next(&mut host), Some((Operation::Rw, 5)));
+    assert_eq!(next(&mut host), Some((Operation::CreditRequest, 0)));
+    assert_eq!(next(&mut host), None);
+    host.template.fwd_cnt = 3;
+    host.send(Operation::CreditUpdate, &[]);
+    assert_eq!(next(&mut host), Some((Operation::Rw, 3)));
+}
+
+#[test]
+fn a_host_that_does_not_read_its_replies_loses_its_credit() {
+    let mut host = Host::connected();
+    host.template.buf_alloc = 0;
+    let request = frame::encode(&Request::Echo(vec![1; 1000])).unwrap();
+    let sent = (0..).take_while(|_| {
+        host.send(Operation::Rw, &request);
+        host.agent.warnings.is_empty()
+    });
+    // The first is answered and so leaves the buffer.
+    assert_eq!(sent.count() as u32, BUF_ALLOC / request.len() as u32);
+}
+
+#[test]
+fn misbehaviour_closes_the_connection_with_rst() {
+    let check = |operation: Operation, payload: &[u8]| {
+        let mut host = Host::connected();
+        host.send(operation, payload);
+        assert_eq!(host.operations(), [Operation::Rst], "{operation:?}");
+        assert!(!host.listener.has_connections());
+        assert_eq!(host.agent.warnings.len(), 1);
+    };
+    check(Operation::Request, &[]);
+    check(Operation::Response, &[]);
+    check(Operation::CreditUpdate, b"payload");
+    check(Operation::Rw, &[0xff; 8]);
+    let mut host = Host::connected();
+    host.template.fwd_cnt += 1;
+    host.send(Operation::CreditUpdate, &[]);
+    assert_eq!(host.operations(), [Operation::Rst]);
+}
+
+#[test]
+fn strangers_are_refused() {
+    let check = |header: Header, expected: &[Operation]| {
+        let mut host = Host::new();
+        host.send_header(header, &[]);
+        let packets = host.packets();
+        let operations: Vec<_> = packets.iter().map(|header| header.operation).collect();
+        assert_eq!(operations, expected, "{header:?}");
+        for packet in packets {
+            assert_eq!(packet.source_port, header.destination_port);
+            assert_eq!(packet.destination_port, header.source_port);
+        }
+    };
+    let header = Host::new().template;
+    check(Header { destination_port: 80, ..header }, &[Operation::Rst]);
+    check(Header { operation: Operation::Rw, ..header }, &[Operation::Rst]);
+    check(Header { operation: Operation::Rst, ..header }, &[]);
+    check(Header { source_cid: 9, ..header }, &[]);
+    check(Header { destination_cid: 9, ..header }, &[]);
+}
+
+#[test]
+fn the_table_is_bounded() {
+    let mut host = Host::new();
+    for port in 0..MAX_CONNECTIONS as u32 + 1 {
+        host.send_header(Header { source_port: port, ..host.template }, &[]);
+    }
+    let refused: Vec<_> =
+        host.packets().into_iter().filter(|header| header.operation == Operation::Rst).collect();
+    assert_eq!(refused.len(), 1);
+    assert_eq!(refused[0].destination_port, MAX_CONNECTIONS as u32);
+}
+
+#[test]
+fn a_half_closed_connection_still_gets_its_reply() {
+    let mut host = Host::connected();
+    host.send(Operation::Rw, &frame::encode(&Request::Ping(1)).unwrap());
+    host.send_header(
+        Header { operation: Operation::Shutdown, flags: NO_SEND, ..host.template },
+        &[],
+    );
+    assert_eq!(host.operations(), [Operation::Rw, Operation::Shutdown]);
+    host.send(Operation::Rst, &[]);
+    assert!(!host.listener.has_connections());
+    assert_eq!(host.operations(), []);
+}
+
+#[test]
+fn a_full_shutdown_is_confirmed_with_rst() {
+    let mut host = Host::connected();
+    host.send_header(Header { operation: Operation::Shutdown, flags: 3, ..host.template }, &[]);
+    assert_eq!(host.operations(), [Operation::Rst]);
+    assert_eq!(host.agent.warnings, [] as [String; 0]);
+}
+
+#[test]
+fn a_transport_reset_forgets_everything() {
+    let mut host = Host::connected();
+    host.listener.transport_reset(9);
+    host.send(Operation::Rw, &[]);
+    assert_eq!(host.operations(), [], "the old context id is not ours any more");
+    host.template.destination_cid = 9;
+    host.send(Operation::Rw, &[]);
+    assert_eq!(host.operations(), [Operation::Rst]);
+}
+
+#[test]
+fn random_packets_never_panic() {
+    let mut host = Host::connected();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for _ in 0..50_000 {
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let operation = match random() % 8 {
+            1 => Operation::Rw,
+            2 => Operation::Shutdown,
+            3 => Operation::CreditUpdate,
+            4 => Operation::CreditRequest,
+            5 => Operation::Rst,
+            _ => Operation::Request,
+        };
+        let header = Header {
+            operation,
+            source_port: 1000 + random() as u32 % 80,
+            flags: random() as u32 % 4,
+            buf_alloc: random() as u32,
+            fwd_cnt: random() as u32 % 100,
+            ..host.template
+        };
+        let payload = random().to_le_bytes();
+        host.send_header(header, &payload[..random() as usize % 9]);
+        if random() % 4 == 0 {
+            host.operations();
+        }
+    }
+}
