@@ -8,9 +8,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const AGENT: &str = "cleanslate-agent";
 
 /// Settings of the monitor's build that must not reach the agent's.
-const FOREIGN: [&str; 8] = [
+const FOREIGN: [&str; 7] = [
     "RUSTFLAGS",
-    "CARGO_ENCODED_RUSTFLAGS",
     "CARGO_BUILD_RUSTFLAGS",
     "CARGO_BUILD_TARGET",
     "CARGO_BUILD_TARGET_DIR",
@@ -26,7 +25,9 @@ fn main() {
     for sources in ["unikernel/src", "unikernel/Cargo.toml", "unikernel/Cargo.lock"] {
         println!("cargo:rerun-if-changed={}", guest.join(sources).display());
     }
-    for sources in ["unikernel/build.rs", "unikernel/link.ld", "protocol/src", "protocol/Cargo.toml"] {
+    for sources in
+        ["unikernel/build.rs", "unikernel/link.ld", "protocol/src", "protocol/Cargo.toml"]
+    {
         println!("cargo:rerun-if-changed={}", guest.join(sources).display());
     }
     build(&guest.join("unikernel"), &out.join("agent"));
@@ -48,6 +49,8 @@ fn build(unikernel: &Path, target_dir: &Path) {
             cargo.env_remove(&*name);
         }
     }
+    // Set though empty, this also takes precedence over the flags in the monitor's .cargo/config.toml.
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", "");
     let output = cargo.output().unwrap_or_else(|error| panic!("run {cargo:?}: {error}"));
     if !output.status.success() {
         panic!("build the guest agent:\n{}", String::from_utf8_lossy(&output.stderr));

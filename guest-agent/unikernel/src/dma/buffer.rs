@@ -44,6 +44,7 @@ impl<const COUNT: usize, const LEN: usize> Pool<COUNT, LEN> {
     ///
     /// # Panics
     /// The second time.
+    #[expect(clippy::mut_from_ref, reason = "the flag makes it the only one")]
     pub(super) fn take(&'static self) -> &'static mut [DmaBuffer<LEN>; COUNT] {
         assert!(!self.taken.swap(true, Ordering::Relaxed), "a pool serves one queue");
         // SAFETY: the flag just went from false to true, so this is the only reference ever made.
