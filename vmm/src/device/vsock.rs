@@ -1,1 +1,273 @@
-//! virtio-vsock (virtio 1.2, section 5.10).
+//! virtio-vsock (virtio 1.2, section 5.10): stream sockets between the guest and Unix sockets of the host.
+//!
+//! This file owns the queues and decides when which side is served. Below it, from the wire to the host:
+//! `ring` and `chain` find a packet's bytes, `packet` gives them names, `connection` with `credit` says what they mean,
+//! `endpoint` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`,
+//! `credit` and `connection` know no descriptor and no queue.
+
+mod backlog;
+mod chain;
+mod clients;
+mod connection;
+mod connector;
+mod credit;
+mod endpoint;
+mod host;
+mod packet;
+mod poll;
+mod ring;
+mod stats;
+mod table;
+mod traffic;
+mod unix;
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use self::chain::Direction;
+pub use self::connector::VsockConnector;
+use self::host::Host;
+use self::packet::HEADER_LEN;
+pub use self::packet::{GuestCid, GuestPort, HostPort};
+use self::ring::{BrokenRing, Ring};
+pub use self::stats::VsockStats;
+pub use self::unix::VsockError;
+use super::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use crate::memory::GuestRam;
+
+/// Device type (virtio 1.2, section 5).
+const DEVICE_ID: u32 = 19;
+
+const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// Queues (virtio 1.2, section 5.10.2). The third carries events, of which there are none yet.
+const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
+
+/// How long a guest may take to answer a request or a shutdown, and a client to finish its line.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Rounds over both queues in one call; what is left then waits for the next call, so that other devices get theirs.
+const MAX_ROUNDS: usize = 4;
+
+/// The device.
+#[derive(Debug)]
+pub struct Vsock {
+    host: Host,
+    guest: Option<Guest>,
+    needs_reset: bool,
+}
+
+/// The guest's side while its driver runs.
+#[derive(Debug)]
+struct Guest {
+    ram: GuestRam,
+    to_guest: Ring,
+    to_host: Ring,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a queue is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// There is nothing to do.
+    Done,
+    /// The guest has to post buffers first.
+    NoBuffers,
+    /// Enough for one call.
+    Enough,
+}
+
+impl Vsock {
+    /// A device for the guest `cid`. With a `path`, clients reach the guest through a socket there, and the guest
+    /// reaches the host's port N at `path` with `_N` appended; without one, only [`Vsock::connector`] connects.
+    ///
+    /// # Errors
+    /// The path is in use or too long, or the system refuses a socket or descriptor.
+    pub fn new(cid: GuestCid, path: Option<&Path>) -> Result<Self, VsockError> {
+        Self::with_patience(cid, path, PATIENCE)
+    }
+
+    fn with_patience(
+        cid: GuestCid,
+        path: Option<&Path>,
+        patience: Duration,
+    ) -> Result<Self, VsockError> {
+        Ok(Self { host: Host::new(cid, path, patience)?, guest: None, needs_reset: false })
+    }
+
+    /// A handle that opens connections to the guest from any thread.
+    pub fn connector(&self) -> VsockConnector {
+        self.host.connector()
+    }
+
+    /// What the device has counted so far.
+    pub fn stats(&self) -> VsockStats {
+        self.host.stats
+    }
+
+    /// Moves packets both ways until there is nothing to move, or enough was moved for one call.
+    fn serve(&mut self) {
+        let Some(guest) = &mut self.guest else { return };
+        let served = guest.serve(&mut self.host);
+        self.host.park();
+        match served {
+            Ok(true) => self.host.wake(),
+            Ok(false) => {}
+            Err(BrokenRing) => self.give_up(),
+        }
+    }
+
+    /// The queues cannot be used any more (`DEVICE_NEEDS_RESET`; virtio 1.2, section 2.1.2).
+    fn give_up(&mut self) {
+        self.needs_reset = true;
+        self.host.reset();
+        if let Some(guest) = self.guest.take() {
+            guest.interrupt.signal_config();
+        }
+    }
+}
+
+impl Guest {
+    /// Takes over what the driver has set up. `None` if it left out a queue that carries packets.
+    fn new(driver: Driver) -> Result<Option<Self>, BrokenRing> {
+        let Driver { ram, features, queues, interrupt } = driver;
+        let event_idx = features & F_EVENT_IDX != 0;
+        let mut queues = queues.into_iter();
+        let mut ring = |direction| match queues.next() {
+            Some(queue) => Ring::new(queue, direction, &ram, event_idx),
+            None => Ok(None),
+        };
+        let to_guest = ring(Direction::ToGuest)?;
+        let to_host = ring(Direction::ToHost)?;
+        Ok(to_guest.zip(to_host).map(|(to_guest, to_host)| Self {
+            ram,
+            to_guest,
+            to_host,
+            interrupt,
+        }))
+    }
+
+    /// True if there is more to do than fits into one call.
+    fn serve(&mut self, host: &mut Host) -> Result<bool, BrokenRing> {
+        let mut more = true;
+        for _ in 0..MAX_ROUNDS {
+            let to_host = self.drain(host)?;
+            let to_guest = self.fill(host)?;
+            // Without buffers for what the guest is owed, it is the guest's move.
+            more = to_guest == Pause::Enough
+                || to_host == Pause::Enough
+                || to_host == Pause::NoBuffers && to_guest == Pause::Done;
+            if !more {
+                break;
+            }
+        }
+        let signal = self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)?;
+        if signal {
+            self.interrupt.signal_used();
+        }
+        Ok(more)
+    }
+
+    /// Takes packets from the guest, at most a ring full of them.
+    fn drain(&mut self, host: &mut Host) -> Result<Pause, BrokenRing> {
+        for _ in 0..self.to_host.size() {
+            if host.must_wait() {
+                return Ok(Pause::NoBuffers);
+            }
+            if self.to_host.take(&self.ram, HEADER_LEN, &mut host.stats.bad_chains)? {
+                host.receive(&self.ram, self.to_host.chain());
+                self.to_host.complete(&self.ram, 0)?;
+            } else if !self.to_host.listen(&self.ram)? {
+                return Ok(Pause::Done);
+            }
+        }
+        Ok(Pause::Enough)
+    }
+
+    /// Gives packets to the guest, at most a ring full of them.
+    fn fill(&mut self, host: &mut Host) -> Result<Pause, BrokenRing> {
+        for _ in 0..self.to_guest.size() {
+            if !host.has_packet() {
+                return Ok(Pause::Done);
+            }
+            // A buffer without room for a byte of payload would block the queue.
+            if self.to_guest.take(&self.ram, HEADER_LEN + 1, &mut host.stats.bad_chains)? {
+                match host.send(&self.ram, self.to_guest.chain()) {
+                    Some(len) => self.to_guest.complete(&self.ram, len)?,
+                    None => self.to_guest.put_back(),
+                }
+            } else if !self.to_guest.listen(&self.ram)? {
+                return Ok(Pause::NoBuffers);
+            }
+        }
+        Ok(Pause::Enough)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn queue_max_sizes(&self) -> &'static [u16] {
+        &QUEUE_MAX_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_VERSION_1 | F_EVENT_IDX
+    }
+
+    /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.host.cid.get().to_le_bytes();
+        for (index, byte) in (offset..).zip(data) {
+            *byte = usize::try_from(index).ok().and_then(|i| config.get(i)).copied().unwrap_or(0);
+        }
+    }
+
+    fn activate(&mut self, driver: Driver) {
+        let interrupt = driver.interrupt.clone();
+        match Guest::new(driver) {
+            Ok(guest) => {
+                self.guest = guest;
+                self.serve();
+            }
+            Err(BrokenRing) => {
+                self.give_up();
+                interrupt.signal_config();
+            }
+        }
+    }
+
+    fn handle_queue(&mut self, _index: u16) {
+        self.serve();
+    }
+
+    fn backend_fd(&self) -> Option<RawFd> {
+        Some(self.host.as_fd().as_raw_fd())
+    }
+
+    fn handle_backend(&mut self) {
+        self.host.handle_events();
+        self.serve();
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.needs_reset
+    }
+
+    fn reset(&mut self) {
+        self.guest = None;
+        self.needs_reset = false;
+        self.host.reset();
+    }
+}
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

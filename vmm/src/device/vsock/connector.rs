@@ -1,0 +1,98 @@
+//! Connections to the guest that the monitor itself opens, from any thread and without a path on disk.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::packet::GuestPort;
+use super::table::MAX_CONNECTIONS;
+
+/// Opens connections to the guest. Cloneable; outlives resets, and says so once the device is gone.
+#[derive(Clone, Debug)]
+pub struct VsockConnector {
+    inbox: Arc<Inbox>,
+}
+
+impl VsockConnector {
+    /// A connector that hands over to `inbox`.
+    pub fn new(inbox: Arc<Inbox>) -> Self {
+        Self { inbox }
+    }
+
+    /// Asks for a connection to `port` of the guest, and returns the near end of it at once, in blocking mode.
+    ///
+    /// The request reaches the guest as soon as it has posted buffers, which may be long after. Bytes written before
+    /// that wait in the socket. If the guest refuses, does not answer, or is reset, the stream is at its end.
+    ///
+    /// # Errors
+    /// No descriptors are left, too many connections wait for the event loop, or the device is gone.
+    pub fn connect(&self, port: GuestPort) -> io::Result<UnixStream> {
+        let (near, far) = UnixStream::pair()?;
+        far.set_nonblocking(true)?;
+        self.inbox.push(port, far)?;
+        Ok(near)
+    }
+}
+
+/// What waits for the event loop.
+#[derive(Debug)]
+pub struct Inbox {
+    /// `None` once the device is gone.
+    requests: Mutex<Option<VecDeque<(GuestPort, UnixStream)>>>,
+    event: OwnedFd,
+}
+
+impl Inbox {
+    /// An empty inbox.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            requests: Mutex::new(Some(VecDeque::new())),
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// Makes the inbox's descriptor readable.
+    pub fn wake(&self) {
+        // It fails only when the counter is at its end, and then the descriptor is readable already.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Takes all requests that have come so far.
+    pub fn take(&self) -> VecDeque<(GuestPort, UnixStream)> {
+        // It fails only when nobody has written, which is no reason not to look.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Drops what waits, and refuses what comes.
+    pub fn close(&self) {
+        *self.lock() = None;
+    }
+
+    fn push(&self, port: GuestPort, stream: UnixStream) -> io::Result<()> {
+        match self.lock().as_mut() {
+            Some(requests) if requests.len() < MAX_CONNECTIONS => {
+                requests.push_back((port, stream));
+            }
+            Some(_) => return Err(io::ErrorKind::QuotaExceeded.into()),
+            None => return Err(io::ErrorKind::NotConnected.into()),
+        }
+        self.wake();
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<(GuestPort, UnixStream)>>> {
+        // The queue is whole at every point where a thread could have died.
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Inbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}

@@ -1,0 +1,218 @@
+//! The host's side of the device: its sockets, their events, and what becomes of both.
+//!
+//! Knows no queue: packets come and go through [`Host::receive`] and [`Host::send`] in `traffic.rs`.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::clients::Clients;
+use super::connection::Connection;
+use super::connector::{Inbox, VsockConnector};
+use super::endpoint::{Endpoint, Origin};
+use super::packet::{ConnectionKey, GuestCid, GuestPort, Header};
+use super::poll::{Event, Interest, Poller, Token};
+use super::stats::VsockStats;
+use super::table::Table;
+use super::unix::VsockError;
+
+/// Sockets, connections, and packets that belong to none.
+#[derive(Debug)]
+pub struct Host {
+    pub(super) cid: GuestCid,
+    poller: Poller,
+    pub(super) clients: Clients,
+    inbox: Arc<Inbox>,
+    pub(super) table: Table,
+    /// Refusals for the guest; bounded by [`Host::must_wait`].
+    pub(super) refusals: VecDeque<Header>,
+    /// Connections that had events in this round.
+    touched: Vec<ConnectionKey>,
+    /// How long a peer may take to answer, or to finish its line.
+    pub(super) patience: Duration,
+    pub(super) stats: VsockStats,
+}
+
+impl Host {
+    /// Listens at `path`, if there is one.
+    pub fn new(cid: GuestCid, path: Option<&Path>, patience: Duration) -> Result<Self, VsockError> {
+        let poller = Poller::new().map_err(VsockError::Events)?;
+        let inbox = Arc::new(Inbox::new().map_err(VsockError::Events)?);
+        poller.add(&inbox, Token::Wake, Interest::READABLE).map_err(VsockError::Events)?;
+        Ok(Self {
+            cid,
+            clients: Clients::new(path, &poller)?,
+            poller,
+            inbox,
+            table: Table::new(),
+            refusals: VecDeque::new(),
+            touched: Vec::new(),
+            patience,
+            stats: VsockStats::default(),
+        })
+    }
+
+    /// A handle that asks this host for connections.
+    pub fn connector(&self) -> VsockConnector {
+        VsockConnector::new(self.inbox.clone())
+    }
+
+    /// Sees to it that [`Host::handle_events`] is called again soon.
+    pub fn wake(&self) {
+        self.inbox.wake();
+    }
+
+    /// Handles the events that are there, within the bounds of one round.
+    pub fn handle_events(&mut self) {
+        // The call fails only for a bad descriptor, which would be a bug of ours that the next line of code shows.
+        let Ok(events) = self.poller.poll() else { return };
+        for event in events {
+            match event.token {
+                Token::Listener => self.clients.accept(&self.poller, self.patience),
+                Token::Wake => self.take_requests(),
+                Token::Timer => self.expire(),
+                Token::Client(slot) => self.read_client(slot),
+                Token::Connection(key) => self.handle_connection(key, &event),
+            }
+        }
+        self.arm_timer(self.clients.next_deadline().is_some());
+    }
+
+    fn take_requests(&mut self) {
+        for (port, stream) in self.inbox.take() {
+            self.request(port, stream, Origin::Monitor);
+        }
+    }
+
+    fn read_client(&mut self, slot: u32) {
+        if let Some((stream, port)) = self.clients.read(slot, &self.poller) {
+            self.request(port, stream, Origin::Client);
+        }
+    }
+
+    /// Asks the guest for a connection on behalf of `stream`.
+    fn request(&mut self, port: GuestPort, stream: UnixStream, origin: Origin) {
+        let endpoint = self.table.free_key(port).and_then(|key| {
+            let connection = Connection::request(self.cid, key);
+            Some((key, Endpoint::new(key, connection, origin, stream, &self.poller).ok()?))
+        });
+        let Some((key, mut endpoint)) = endpoint else {
+            self.stats.connections_refused += 1;
+            return;
+        };
+        if origin == Origin::Client {
+            endpoint.deadline = Some(Instant::now() + self.patience);
+        }
+        self.table.insert(key, endpoint);
+        self.follow_up(key);
+    }
+
+    /// Opens a connection for the guest's request `request`. `None` if that is not possible.
+    pub(super) fn accept(&mut self, key: ConnectionKey, request: &Header) -> Option<()> {
+        if self.table.is_full() {
+            return None;
+        }
+        let stream = self.clients.dial(key.host).ok()?;
+        let connection = Connection::accept(self.cid, key, request);
+        let endpoint = Endpoint::new(key, connection, Origin::Guest, stream, &self.poller).ok()?;
+        self.table.insert(key, endpoint);
+        self.stats.connections_opened += 1;
+        Some(())
+    }
+
+    fn handle_connection(&mut self, key: ConnectionKey, event: &Event) {
+        let Some(endpoint) = self.table.get_mut(key) else { return };
+        endpoint.handle_event(event, &mut self.stats);
+        self.touched.push(key);
+        self.follow_up(key);
+    }
+
+    /// Draws the conclusions after anything has happened to a connection.
+    pub(super) fn follow_up(&mut self, key: ConnectionKey) {
+        let Some(endpoint) = self.table.get_mut(key) else { return };
+        endpoint.settle(self.patience);
+        if endpoint.update_interest(&self.poller, false).is_err() {
+            endpoint.fail(&mut self.stats);
+        }
+        if endpoint.is_finished() {
+            return self.table.remove(key);
+        }
+        let (waits, ready) = (endpoint.deadline.is_some(), endpoint.has_packet());
+        if ready {
+            self.table.enqueue(key);
+        }
+        self.arm_timer(waits);
+    }
+
+    /// Lets the sockets wait that had bytes in this round and could not be emptied: their turn comes when the guest has
+    /// room, and until then their bytes are no event.
+    pub fn park(&mut self) {
+        for key in self.touched.drain(..) {
+            if let Some(endpoint) = self.table.get_mut(key)
+                && endpoint.update_interest(&self.poller, true).is_err()
+            {
+                endpoint.fail(&mut self.stats);
+                self.table.enqueue(key);
+            }
+        }
+    }
+
+    /// Gives up on what has taken too long.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        // The descriptor and the values are ours, so this does not fail; nor do the arms below.
+        let _ = self.poller.disarm_timer();
+        self.clients.expire(now, &self.poller);
+        let late: Vec<_> = self
+            .table
+            .iter()
+            .filter(|(_, endpoint)| endpoint.deadline.is_some_and(|deadline| deadline <= now))
+            .map(|(key, _)| key)
+            .collect();
+        for key in late {
+            if let Some(endpoint) = self.table.get_mut(key) {
+                if endpoint.connection.is_requesting() {
+                    self.stats.connections_refused += 1;
+                }
+                endpoint.end();
+            }
+            self.follow_up(key);
+        }
+        let pending = self.table.iter().filter_map(|(_, endpoint)| endpoint.deadline);
+        if let Some(next) = pending.chain(self.clients.next_deadline()).min() {
+            // Deadlines close to each other share one look at all connections.
+            let delay = next.saturating_duration_since(now).max(self.patience / 50);
+            let _ = self.poller.arm_timer(delay);
+        }
+    }
+
+    fn arm_timer(&mut self, needed: bool) {
+        if needed {
+            let _ = self.poller.arm_timer(self.patience);
+        }
+    }
+
+    /// Ends everything but the listener: connections, requests that wait, clients on their way.
+    pub fn reset(&mut self) {
+        drop(self.inbox.take());
+        self.table.clear();
+        self.refusals.clear();
+        self.touched.clear();
+        self.clients.clear(&self.poller);
+    }
+}
+
+impl AsFd for Host {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poller.as_fd()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.inbox.close();
+    }
+}

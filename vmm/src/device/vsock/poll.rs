@@ -1,0 +1,232 @@
+//! The device's own epoll instance, and the timer in it. The event loop of the monitor sees one descriptor.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{Timespec, epoll};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
+
+use super::packet::{ConnectionKey, GuestPort, HostPort};
+
+/// Most events that one call handles; the rest are still there at the next.
+const MAX_EVENTS: usize = 64;
+
+/// The port number that means "any" and that no connection has; it marks the tokens below.
+pub const PORT_ANY: u32 = u32::MAX;
+
+/// What a registered descriptor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// The listening socket.
+    Listener,
+    /// Something to pick up: a connection asked for in-process, or work left over from an earlier call.
+    Wake,
+    /// Some deadline has passed.
+    Timer,
+    /// A client that has not said yet where it wants to go.
+    Client(u32),
+    /// The socket of a connection.
+    Connection(ConnectionKey),
+}
+
+impl Token {
+    fn to_u64(self) -> u64 {
+        let (high, low) = match self {
+            Self::Connection(key) => (key.host.0, key.guest.0),
+            Self::Listener => (PORT_ANY, 0),
+            Self::Wake => (PORT_ANY, 1),
+            Self::Timer => (PORT_ANY, 2),
+            Self::Client(slot) => (PORT_ANY, 3 + slot),
+        };
+        u64::from(high) << 32 | u64::from(low)
+    }
+
+    fn from_u64(raw: u64) -> Self {
+        match ((raw >> 32) as u32, raw as u32) {
+            (PORT_ANY, 0) => Self::Listener,
+            (PORT_ANY, 1) => Self::Wake,
+            (PORT_ANY, 2) => Self::Timer,
+            (PORT_ANY, slot) => Self::Client(slot - 3),
+            (host, guest) => {
+                Self::Connection(ConnectionKey { host: HostPort(host), guest: GuestPort(guest) })
+            }
+        }
+    }
+}
+
+/// Which conditions of a descriptor are wanted, for as long as they last. With neither, a hang-up is still reported,
+/// once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interest {
+    /// There are bytes, an end of file, or a client to take.
+    pub readable: bool,
+    /// There is room for bytes.
+    pub writable: bool,
+}
+
+impl Interest {
+    /// Readable alone.
+    pub const READABLE: Self = Self { readable: true, writable: false };
+
+    fn flags(self) -> epoll::EventFlags {
+        let mut flags = epoll::EventFlags::empty();
+        flags.set(epoll::EventFlags::IN, self.readable);
+        flags.set(epoll::EventFlags::OUT, self.writable);
+        // A hang-up cannot be masked and lasts for ever: without the edge it would spin.
+        flags.set(epoll::EventFlags::ET, flags.is_empty());
+        flags
+    }
+}
+
+/// A condition that was met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Which descriptor.
+    pub token: Token,
+    /// There is something to read, perhaps an end of file.
+    pub readable: bool,
+    /// There is room to write.
+    pub writable: bool,
+    /// The other end is gone in both directions, or failed.
+    pub hung_up: bool,
+}
+
+/// The epoll instance.
+#[derive(Debug)]
+pub struct Poller {
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    timer_armed: bool,
+}
+
+impl Poller {
+    /// Makes the instance with its timer, disarmed.
+    pub fn new() -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let poller = Self { epoll, timer, timer_armed: false };
+        poller.add(&poller.timer, Token::Timer, Interest::READABLE)?;
+        Ok(poller)
+    }
+
+    /// Registers `fd`. Closing it unregisters it.
+    pub fn add(&self, fd: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(token.to_u64());
+        Ok(epoll::add(&self.epoll, fd, data, interest.flags())?)
+    }
+
+    /// Changes what is wanted of a registered `fd`.
+    pub fn change(&self, fd: impl AsFd, token: Token, interest: Interest) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(token.to_u64());
+        Ok(epoll::modify(&self.epoll, fd, data, interest.flags())?)
+    }
+
+    /// Unregisters `fd`.
+    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.epoll, fd)?)
+    }
+
+    /// Gives the conditions that are met now, at most [`MAX_EVENTS`]. Does not wait.
+    pub fn poll(&self) -> io::Result<impl Iterator<Item = Event> + use<>> {
+        let none =
+            epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [none; MAX_EVENTS];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let count = match epoll::wait(&self.epoll, &mut events[..], Some(&now)) {
+            Err(rustix::io::Errno::INTR) => 0,
+            other => other?,
+        };
+        Ok(events.into_iter().take(count).map(|event| {
+            let flags = event.flags;
+            Event {
+                token: Token::from_u64(event.data.u64()),
+                readable: flags.contains(epoll::EventFlags::IN),
+                writable: flags.contains(epoll::EventFlags::OUT),
+                hung_up: flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR),
+            }
+        }))
+    }
+
+    /// Makes [`Token::Timer`] ready after `delay`, unless it will be ready some time anyway.
+    pub fn arm_timer(&mut self, delay: Duration) -> io::Result<()> {
+        if !self.timer_armed {
+            self.set_timer(delay.max(Duration::from_millis(1)))?;
+        }
+        self.timer_armed = true;
+        Ok(())
+    }
+
+    /// Takes note that the timer has fired.
+    pub fn disarm_timer(&mut self) -> io::Result<()> {
+        self.timer_armed = false;
+        self.set_timer(Duration::ZERO)
+    }
+
+    fn set_timer(&self, delay: Duration) -> io::Result<()> {
+        let value = Timespec {
+            tv_sec: delay.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: delay.subsec_nanos().into(),
+        };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        Ok(())
+    }
+}
+
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn tokens_survive_the_kernel() {
+        let key = |host, guest| ConnectionKey { host: HostPort(host), guest: GuestPort(guest) };
+        for token in [
+            Token::Listener,
+            Token::Wake,
+            Token::Timer,
+            Token::Client(0),
+            Token::Client(127),
+            Token::Connection(key(0, 0)),
+            Token::Connection(key(PORT_ANY - 1, PORT_ANY)),
+            Token::Connection(key(1 << 30, 1024)),
+        ] {
+            assert_eq!(Token::from_u64(token.to_u64()), token);
+        }
+    }
+
+    #[test]
+    fn a_hang_up_that_nobody_waits_for_is_reported_once() {
+        let poller = Poller::new().unwrap();
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(b"unread").unwrap();
+        poller.add(&ours, Token::Client(0), Interest::default()).unwrap();
+        assert_eq!(poller.poll().unwrap().count(), 0, "bytes are not asked for");
+        drop(theirs);
+        let events: Vec<_> = poller.poll().unwrap().collect();
+        assert!(matches!(events[..], [Event { hung_up: true, .. }]), "{events:?}");
+        assert_eq!(poller.poll().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_timer_fires_once_and_goes_silent() {
+        let mut poller = Poller::new().unwrap();
+        poller.arm_timer(Duration::from_millis(1)).unwrap();
+        poller.arm_timer(Duration::from_secs(1000)).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(poller.poll().unwrap().next().unwrap().token, Token::Timer);
+        poller.disarm_timer().unwrap();
+        assert_eq!(poller.poll().unwrap().count(), 0);
+    }
+}

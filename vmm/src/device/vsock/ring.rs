@@ -1,0 +1,122 @@
+//! One virtqueue as the device sees it: chains in, completions out, notifications only where they help.
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::chain::{Chain, Direction};
+use crate::memory::GuestRam;
+
+/// The guest has broken the queue itself: rings outside RAM, or an index that jumped by more than the queue's size.
+/// Only a reset helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BrokenRing;
+
+impl From<virtio_queue::Error> for BrokenRing {
+    fn from(_: virtio_queue::Error) -> Self {
+        Self
+    }
+}
+
+/// A queue, and the chain that was taken from it last.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    chain: Chain,
+    /// Driver notifications are wanted.
+    listening: bool,
+    /// There are completions that the driver may want to hear of.
+    unsignalled: bool,
+}
+
+impl Ring {
+    /// Takes a queue that the driver has set up; `None` if it left the queue alone.
+    pub fn new(
+        mut queue: Queue,
+        direction: Direction,
+        ram: &GuestRam,
+        event_idx: bool,
+    ) -> Result<Option<Self>, BrokenRing> {
+        if !queue.ready() {
+            return Ok(None);
+        }
+        if !queue.is_valid(ram) {
+            return Err(BrokenRing);
+        }
+        queue.set_event_idx(event_idx);
+        let chain = Chain::new(direction, queue.size());
+        Ok(Some(Self { queue, chain, listening: true, unsignalled: false }))
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next sound chain that holds at least `min_len` bytes; it is then [`Ring::chain`]. Others are
+    /// completed unused and counted in `bad_chains`.
+    pub fn take(
+        &mut self,
+        ram: &GuestRam,
+        min_len: usize,
+        bad_chains: &mut u64,
+    ) -> Result<bool, BrokenRing> {
+        // A driver on another CPU may add as fast as this takes; what it adds beyond one round waits for the next call.
+        for _ in 0..self.queue.size() {
+            let Some(descriptors) = self.queue.iter(ram)?.next() else { return Ok(false) };
+            if self.listening {
+                self.queue.disable_notification(ram)?;
+                self.listening = false;
+            }
+            let walked = self.chain.walk(ram, descriptors);
+            if walked.is_ok() && self.chain.len() >= min_len as u64 {
+                return Ok(true);
+            }
+            *bad_chains += 1;
+            self.complete(ram, 0)?;
+        }
+        Ok(false)
+    }
+
+    /// The chain that was taken last.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Gives the chain back to the driver, with `len` bytes written into it.
+    pub fn complete(&mut self, ram: &GuestRam, len: u32) -> Result<(), BrokenRing> {
+        self.queue.add_used(ram, self.chain.head(), len)?;
+        self.unsignalled = true;
+        Ok(())
+    }
+
+    /// Puts the chain that was taken last back to the front of the queue.
+    pub fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Asks the driver for a notification when it adds a chain. True if it has added some already: then take them.
+    pub fn listen(&mut self, ram: &GuestRam) -> Result<bool, BrokenRing> {
+        self.listening = true;
+        Ok(self.queue.enable_notification(ram)?)
+    }
+
+    /// True if the driver wants to hear of completions since the last call.
+    pub fn must_signal(&mut self, ram: &GuestRam) -> Result<bool, BrokenRing> {
+        if !std::mem::take(&mut self.unsignalled) {
+            return Ok(false);
+        }
+        // virtio-queue knows only the event index (virtio 1.2, section 2.7.7).
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = ram
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::SeqCst)
+                .map_err(|_| BrokenRing)?;
+            if u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0 {
+                return Ok(false);
+            }
+        }
+        Ok(self.queue.needs_notification(ram)?)
+    }
+}

@@ -1,0 +1,99 @@
+//! The connections of one device, and the order in which they may speak to the guest.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::endpoint::Endpoint;
+use super::packet::{ConnectionKey, GuestPort, HostPort};
+
+/// Most connections that exist at once.
+pub const MAX_CONNECTIONS: usize = 4000;
+
+/// Where the ports of connections that the host opens begin; Firecracker's clients know them from there.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// Connections by key. A key stands in the queue at most once, and only if its endpoint says so.
+#[derive(Debug)]
+pub struct Table {
+    endpoints: HashMap<ConnectionKey, Endpoint>,
+    ready: VecDeque<ConnectionKey>,
+    next_host_port: u32,
+}
+
+impl Table {
+    /// An empty table.
+    pub fn new() -> Self {
+        Self { endpoints: HashMap::new(), ready: VecDeque::new(), next_host_port: FIRST_HOST_PORT }
+    }
+
+    /// True if no connection can be added.
+    pub fn is_full(&self) -> bool {
+        self.endpoints.len() >= MAX_CONNECTIONS
+    }
+
+    /// A key that is not in use for a connection from the host to `guest`; `None` if the table is full.
+    pub fn free_key(&mut self, guest: GuestPort) -> Option<ConnectionKey> {
+        if self.is_full() {
+            return None;
+        }
+        // Ends after at most MAX_CONNECTIONS ports in use.
+        loop {
+            let key = ConnectionKey { host: HostPort(self.next_host_port), guest };
+            let next = self.next_host_port + 1;
+            self.next_host_port = if next == 1 << 31 { FIRST_HOST_PORT } else { next };
+            if !self.endpoints.contains_key(&key) {
+                return Some(key);
+            }
+        }
+    }
+
+    /// Adds a connection under a key that is free.
+    pub fn insert(&mut self, key: ConnectionKey, endpoint: Endpoint) {
+        self.endpoints.insert(key, endpoint);
+    }
+
+    /// The connection with this key.
+    pub fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut Endpoint> {
+        self.endpoints.get_mut(&key)
+    }
+
+    /// Forgets a connection; its socket closes.
+    pub fn remove(&mut self, key: ConnectionKey) {
+        if self.endpoints.remove(&key).is_some_and(|endpoint| endpoint.queued) {
+            self.ready.retain(|&queued| queued != key);
+        }
+    }
+
+    /// Lets a connection speak to the guest when its turn comes.
+    pub fn enqueue(&mut self, key: ConnectionKey) {
+        if let Some(endpoint) = self.endpoints.get_mut(&key)
+            && !endpoint.queued
+        {
+            endpoint.queued = true;
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Takes the connection whose turn it is.
+    pub fn dequeue(&mut self) -> Option<(ConnectionKey, &mut Endpoint)> {
+        let key = self.ready.pop_front()?;
+        let endpoint = self.endpoints.get_mut(&key)?;
+        endpoint.queued = false;
+        Some((key, endpoint))
+    }
+
+    /// True if some connection waits for its turn.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// All connections, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (ConnectionKey, &Endpoint)> {
+        self.endpoints.iter().map(|(&key, endpoint)| (key, endpoint))
+    }
+
+    /// Forgets all connections, and the memory that they took.
+    pub fn clear(&mut self) {
+        self.endpoints = HashMap::new();
+        self.ready = VecDeque::new();
+    }
+}

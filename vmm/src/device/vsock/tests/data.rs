@@ -1,0 +1,309 @@
+//! Bytes, in order and complete, and the ends of both directions.
+
+use std::io::Write;
+use std::net::Shutdown as Direction;
+
+use super::super::credit::BUF_ALLOC;
+use super::super::testing::BUFFER_LEN;
+use super::*;
+
+/// Bytes in which every position can be told from its neighbours.
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i ^ i >> 8 ^ i >> 16) as u8).collect()
+}
+
+/// Takes payload until `len` bytes have come, and says so in credit updates every 16 KiB.
+fn sink(driver: &mut TestDriver, key: ConnectionKey, len: usize) -> Vec<u8> {
+    let (mut received, mut told) = (Vec::new(), 0);
+    while received.len() < len {
+        let (header, payload) = driver.receive();
+        match Op::parse(header.op).unwrap() {
+            Op::ReadWrite => received.extend_from_slice(&payload),
+            Op::CreditRequest => {}
+            op => panic!("unexpected {op:?}"),
+        }
+        assert!(received.len() - told <= 1 << 16, "more than the credit");
+        if received.len() - told > 1 << 14 {
+            told = received.len();
+            let header = driver.header(key, Op::CreditUpdate);
+            driver.send(Header { fwd_cnt: told as u32, ..header }, &[]);
+        }
+    }
+    received
+}
+
+/// Sends `bytes` in packets of `packet`, as credit allows. Gives the number of updates that it took.
+fn source(driver: &mut TestDriver, key: ConnectionKey, bytes: &[u8], packet: usize) -> usize {
+    let (mut sent, mut forwarded, mut updates) = (0, 0, 0);
+    while sent < bytes.len() {
+        let room = BUF_ALLOC as usize - (sent - forwarded);
+        if room > 0 {
+            let end = bytes.len().min(sent + packet.min(room));
+            driver.send_data(key, &bytes[sent..end]);
+            sent = end;
+        }
+        driver.run_backend();
+        while let Some((header, _)) = driver.try_receive() {
+            assert_eq!(Op::parse(header.op), Some(Op::CreditUpdate));
+            forwarded = header.fwd_cnt as usize;
+            updates += 1;
+        }
+    }
+    updates
+}
+
+#[test]
+fn more_than_the_credit_flows_to_the_guest() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    let data = pattern(3 << 20);
+    let sent = data.clone();
+    let writer = std::thread::spawn(move || {
+        stream.write_all(&sent).unwrap();
+        stream
+    });
+    assert!(sink(&mut driver, key, data.len()) == data);
+    assert_eq!(driver.vsock.stats().bytes_to_guest, 3 << 20);
+    let _stream = writer.join().unwrap();
+    driver.expect_silence();
+}
+
+#[test]
+fn more_than_the_credit_flows_to_the_host_with_few_updates() {
+    for packet in [100, 4096, 1 << 16] {
+        let mut driver = TestDriver::new(pathless());
+        let (stream, key) = connected(&mut driver);
+        let data = pattern(if packet == 100 { 1 << 20 } else { 3 << 20 });
+        let len = data.len();
+        let reader = std::thread::spawn(move || (read_exact(&stream, len), stream));
+        let updates = source(&mut driver, key, &data, packet);
+        driver.run_backend();
+        while !reader.is_finished() {
+            driver.run_backend();
+        }
+        assert!(reader.join().unwrap().0 == data);
+        assert!(updates <= len / (BUF_ALLOC as usize / 4), "{updates} updates");
+        assert_eq!(driver.vsock.stats().bytes_to_host, len as u64);
+    }
+}
+
+#[test]
+fn a_host_that_does_not_read_costs_a_bounded_buffer() {
+    let mut driver = TestDriver::new(pathless());
+    let (stream, key) = connected(&mut driver);
+    let data = pattern(1 << 20);
+    let (mut sent, mut forwarded) = (0, 0);
+    loop {
+        let room = BUF_ALLOC as usize - (sent - forwarded);
+        let len = room.min(1 << 16);
+        if len == 0 {
+            break;
+        }
+        driver.send_data(key, &data[sent..sent + len]);
+        sent += len;
+        if let Some((header, _)) = driver.try_receive() {
+            assert_eq!(Op::parse(header.op), Some(Op::CreditUpdate));
+            forwarded = header.fwd_cnt as usize;
+        }
+    }
+    driver.expect_silence();
+    // Now the host reads: everything comes, and the guest hears of it.
+    let reader = std::thread::spawn(move || (read_exact(&stream, sent), stream));
+    while !reader.is_finished() {
+        driver.run_backend();
+    }
+    assert!(reader.join().unwrap().0 == data[..sent]);
+    driver.run_backend();
+    driver.expect(Op::CreditUpdate);
+}
+
+#[test]
+fn sockets_with_bytes_do_not_wake_the_loop_while_the_guest_has_no_room() {
+    // No buffers.
+    let mut driver = TestDriver::without_buffers(pathless(), true);
+    let mut stream = driver.vsock.connector().connect(GuestPort(1)).unwrap();
+    driver.run_backend();
+    driver.post(1);
+    let key = driver.accept();
+    // The one buffer is posted again, and used.
+    stream.write_all(&pattern(3 * BUFFER_LEN as usize)).unwrap();
+    driver.run_backend();
+    assert!(!driver.backend_is_ready());
+    let used = driver.to_guest.take_used(&driver.ram);
+    assert_eq!(used.map(|(_, len)| len), Some(BUFFER_LEN));
+    stream.write_all(b"more").unwrap();
+    driver.run_backend();
+    assert!(!driver.backend_is_ready());
+    driver.post(2);
+    assert!(driver.try_receive().is_some() && driver.try_receive().is_some());
+    let _ = key;
+
+    // No credit.
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    let header = Header { buf_alloc: 10, ..driver.header(key, Op::CreditUpdate) };
+    driver.send(header, &[]);
+    stream.write_all(b"0123456789abcdef").unwrap();
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"0123456789");
+    driver.expect(Op::CreditRequest);
+    let calls = driver.backend_calls;
+    driver.expect_silence();
+    assert_eq!(driver.backend_calls, calls);
+    driver.send(Header { fwd_cnt: 10, ..header }, &[]);
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"abcdef");
+}
+
+#[test]
+fn connections_take_turns() {
+    let mut driver = TestDriver::new(pathless());
+    let mut ends: Vec<_> = (0..3).map(|_| connected(&mut driver)).collect();
+    for (stream, _) in &mut ends {
+        stream.write_all(&pattern(40_000)).unwrap();
+    }
+    let ports: Vec<_> = (0..9).map(|_| driver.receive().0.src_port - (1 << 30)).collect();
+    assert_eq!(ports, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+}
+
+#[test]
+fn the_host_closes_its_half_and_still_receives() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    stream.write_all(b"last words").unwrap();
+    stream.shutdown(Direction::Write).unwrap();
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"last words");
+    let (shutdown, _) = driver.expect(Op::Shutdown);
+    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::SEND);
+    driver.send_data(key, b"still there");
+    assert_eq!(read_exact(&stream, 11), b"still there");
+    driver.expect_silence();
+
+    send_shutdown(&mut driver, key, Shutdown::SEND);
+    assert_eq!(read_all(&stream), b"");
+    let (shutdown, _) = driver.expect(Op::Shutdown);
+    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::BOTH);
+    driver.send_op(key, Op::Reset);
+    assert_eq!(driver.connections(), 0);
+    assert_eq!(driver.vsock.stats().connections_reset, 0, "this was in order");
+}
+
+#[test]
+fn the_guest_closes_its_half_and_still_receives() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    driver.send_data(key, b"last words");
+    send_shutdown(&mut driver, key, Shutdown::SEND);
+    assert_eq!(read_all(&stream), b"last words");
+    stream.write_all(b"still there").unwrap();
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"still there");
+    // The other half: the host's writes fail, and the guest gets its confirmation.
+    send_shutdown(&mut driver, key, Shutdown::RECEIVE);
+    driver.expect(Op::Reset);
+    assert!(stream.write_all(b"nobody reads").is_err());
+    assert_eq!(driver.connections(), 0);
+    assert_eq!(driver.vsock.stats().connections_reset, 0, "this was in order");
+}
+
+#[test]
+fn a_guest_that_stops_to_receive_still_sends() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    send_shutdown(&mut driver, key, Shutdown::RECEIVE);
+    assert!(stream.write_all(b"nobody reads").is_err());
+    driver.send_data(key, b"one way");
+    assert_eq!(read_exact(&stream, 7), b"one way");
+    driver.expect_silence();
+}
+
+#[test]
+fn bytes_sent_before_the_guest_closed_reach_a_slow_host() {
+    for reset_too in [false, true] {
+        let mut driver = TestDriver::new(pathless());
+        let (stream, key) = connected(&mut driver);
+        let data = pattern(BUF_ALLOC as usize);
+        for chunk in data.chunks(1 << 16) {
+            driver.send_data(key, chunk);
+        }
+        // Part of it is in the socket; fill what is left of the credit.
+        let forwarded = driver.try_receive().map_or(0, |(header, _)| header.fwd_cnt as usize);
+        assert!(forwarded < data.len(), "the socket took everything, so this tests nothing");
+        send_shutdown(&mut driver, key, Shutdown::BOTH);
+        if reset_too {
+            driver.send_op(key, Op::Reset);
+        }
+        let reader = std::thread::spawn(move || read_all(&stream));
+        while !reader.is_finished() {
+            driver.run_backend();
+        }
+        assert!(reader.join().unwrap() == data);
+        if !reset_too {
+            driver.expect(Op::Reset);
+        }
+        driver.run_backend();
+        assert_eq!(driver.connections(), 0);
+    }
+}
+
+#[test]
+fn a_host_that_goes_away_is_announced_and_confirmed() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    stream.write_all(b"bye").unwrap();
+    drop(stream);
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"bye");
+    let (shutdown, _) = driver.expect(Op::Shutdown);
+    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::BOTH);
+    driver.send_data(key, b"crossing");
+    driver.expect_silence();
+    driver.send_op(key, Op::Reset);
+    assert_eq!(driver.connections(), 0);
+}
+
+#[test]
+fn a_host_that_leaves_bytes_unread_ends_the_connection() {
+    let mut driver = TestDriver::new(pathless());
+    let (stream, key) = connected(&mut driver);
+    driver.send_data(key, b"unread");
+    drop(stream);
+    driver.expect(Op::Reset);
+    assert_eq!(driver.connections(), 0);
+}
+
+#[test]
+fn a_guest_that_never_confirms_a_shutdown_is_not_waited_for() {
+    let patience = std::time::Duration::from_millis(50);
+    let mut driver = TestDriver::new(Vsock::with_patience(cid(), None, patience).unwrap());
+    let (stream, _) = connected(&mut driver);
+    drop(stream);
+    driver.expect(Op::Shutdown);
+    driver.expect(Op::Reset);
+    assert_eq!(driver.connections(), 0);
+}
+
+#[test]
+fn a_reset_from_the_guest_ends_the_stream() {
+    let mut driver = TestDriver::new(pathless());
+    let (stream, key) = connected(&mut driver);
+    driver.send_op(key, Op::Reset);
+    assert_eq!(read_all(&stream), b"");
+    driver.expect_silence();
+    assert_eq!((driver.connections(), driver.vsock.stats().connections_reset), (0, 1));
+    // The pair of ports is free again.
+    driver.send_data(key, b"late");
+    driver.expect(Op::Reset);
+}
+
+#[test]
+fn one_batch_takes_one_interrupt_and_no_kick_that_was_not_asked_for() {
+    use std::sync::atomic::Ordering;
+    let mut driver = TestDriver::new(pathless());
+    let (stream, key) = connected(&mut driver);
+    let (interrupts, kicks) = (driver.interrupts.used.load(Ordering::Relaxed), driver.kicks);
+    for _ in 0..50 {
+        let header = Header { len: 10, ..driver.header(key, Op::ReadWrite) };
+        driver.add(header, b"0123456789");
+    }
+    driver.kick_to_host();
+    assert_eq!(read_exact(&stream, 500).len(), 500);
+    assert_eq!(driver.kicks - kicks, 1);
+    assert!(driver.interrupts.used.load(Ordering::Relaxed) - interrupts <= 1);
+}

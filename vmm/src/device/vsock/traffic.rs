@@ -1,0 +1,128 @@
+//! Packets between the guest and the connections, one chain at a time.
+
+use super::chain::Chain;
+use super::connection::{Verdict, Violation};
+use super::host::Host;
+use super::packet::{ConnectionKey, HEADER_LEN, Header, Op, Parsed};
+use super::poll::PORT_ANY;
+use crate::memory::GuestRam;
+
+/// Most refusals that wait for the guest to post buffers. Beyond that, its packets wait instead.
+const MAX_REFUSALS: usize = 256;
+
+impl Host {
+    /// True if no packet from the guest can be taken before it has posted buffers for what it is owed.
+    pub fn must_wait(&self) -> bool {
+        self.refusals.len() >= MAX_REFUSALS
+    }
+
+    /// Takes the packet in `chain`, which holds at least a header.
+    pub fn receive(&mut self, ram: &GuestRam, chain: &Chain) {
+        let mut bytes = [0; HEADER_LEN];
+        if chain.read(ram, &mut bytes).is_err() {
+            self.stats.bad_chains += 1;
+            return;
+        }
+        self.stats.packets_to_host += 1;
+        let header = Header::from_bytes(&bytes);
+        match header.parse(self.cid) {
+            Parsed::Stream(key, op) => self.receive_stream(key, op, &header, ram, chain),
+            Parsed::Refuse(reply) => {
+                self.stats.bad_packets += 1;
+                self.refusals.push_back(reply);
+            }
+            Parsed::Ignore => self.stats.bad_packets += 1,
+        }
+    }
+
+    fn receive_stream(
+        &mut self,
+        key: ConnectionKey,
+        op: Op,
+        header: &Header,
+        ram: &GuestRam,
+        chain: &Chain,
+    ) {
+        let Some(endpoint) = self.table.get_mut(key) else {
+            return self.receive_unknown(key, op, header);
+        };
+        match endpoint.connection.receive(op, header) {
+            Verdict::Nothing | Verdict::Shutdown => {}
+            Verdict::Accepted => endpoint.accepted(&mut self.stats),
+            Verdict::Payload if chain.len() - (HEADER_LEN as u64) < header.len.into() => {
+                // Bytes of the stream are missing, so what follows would be in the wrong place.
+                self.stats.bad_chains += 1;
+                endpoint.fail(&mut self.stats);
+            }
+            Verdict::Payload => {
+                self.stats.bytes_to_host += u64::from(header.len);
+                endpoint.receive_payload(ram, chain, header.len);
+            }
+            Verdict::Refused => {
+                self.stats.connections_refused += 1;
+                endpoint.drop_stream();
+            }
+            Verdict::Reset => endpoint.ended_by_guest(&mut self.stats),
+            Verdict::Violation(Violation::Credit) => {
+                self.stats.credit_violations += 1;
+                endpoint.fail(&mut self.stats);
+            }
+            Verdict::Violation(Violation::Sequence) => {
+                self.stats.bad_packets += 1;
+                endpoint.fail(&mut self.stats);
+            }
+            Verdict::Stray => {
+                self.stats.bad_packets += 1;
+                self.refusals.push_back(header.reset_reply());
+            }
+        }
+        self.follow_up(key);
+    }
+
+    /// A packet for a connection that does not exist.
+    fn receive_unknown(&mut self, key: ConnectionKey, op: Op, header: &Header) {
+        match op {
+            Op::Request => {
+                if key.host.0 == PORT_ANY || self.accept(key, header).is_none() {
+                    self.stats.connections_refused += 1;
+                    self.refusals.push_back(header.reset_reply());
+                } else {
+                    self.follow_up(key);
+                }
+            }
+            Op::Reset => {}
+            // Not counted as bad: it may have crossed with an RST from here.
+            _ => self.refusals.push_back(header.reset_reply()),
+        }
+    }
+
+    /// True if [`Host::send`] may have something.
+    pub fn has_packet(&self) -> bool {
+        !self.refusals.is_empty() || self.table.has_ready()
+    }
+
+    /// Puts the next packet for the guest into `chain`, which has room for a header and more. Gives the number of bytes
+    /// written, or `None` if there is nothing to say.
+    pub fn send(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
+        let len = self.send_refusal(ram, chain).or_else(|| self.send_next(ram, chain))?;
+        self.stats.packets_to_guest += 1;
+        Some(len)
+    }
+
+    fn send_refusal(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
+        let header = self.refusals.pop_front()?;
+        chain.write(ram, &header.to_bytes()).ok()?;
+        Some(HEADER_LEN as u32)
+    }
+
+    fn send_next(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
+        loop {
+            let (key, endpoint) = self.table.dequeue()?;
+            let sent = endpoint.send(ram, chain, self.patience, &mut self.stats);
+            self.follow_up(key);
+            if sent.is_some() {
+                return sent;
+            }
+        }
+    }
+}

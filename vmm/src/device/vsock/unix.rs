@@ -1,0 +1,217 @@
+//! Unix sockets in Firecracker's convention: a listener at `PATH` for clients that want to reach the guest, and
+//! `PATH_N` for the host's port N.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::packet::{GuestPort, HostPort};
+
+/// Longest path of a Unix socket in bytes: `sun_path` less its terminator (unix(7)).
+const MAX_PATH_LEN: usize = 107;
+
+/// Longest line that a client may send before it is connected, in bytes, with its line feed.
+pub const MAX_LINE: usize = 32;
+
+/// Why a vsock device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// Something is at the socket's path.
+    #[error(
+        "create vsock socket {path:?}: the path exists; end the process that uses it, or remove the file if none does"
+    )]
+    PathInUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path does not fit into a socket address.
+    #[error(
+        "create vsock socket {path:?}: the path has {len} bytes and may have at most {MAX_PATH_LEN}; use a shorter one"
+    )]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// The system refused the socket.
+    #[error("create vsock socket {path:?}")]
+    Listen {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The system refused a descriptor that the device needs.
+    #[error("create vsock event descriptors")]
+    Events(#[source] io::Error),
+}
+
+/// The listening socket. Removes its file when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the socket's file, to remove that one and no other.
+    file: (u64, u64),
+}
+
+impl Listener {
+    /// Listens at `path`, which must not exist.
+    pub fn bind(path: &Path) -> Result<Self, VsockError> {
+        let len = path.as_os_str().len();
+        if len > MAX_PATH_LEN {
+            return Err(VsockError::PathTooLong { path: path.into(), len });
+        }
+        let failed = |source: io::Error| match source.kind() {
+            // Whether somebody listens there or did so in the past: removing what another process may be about to use
+            // is the user's decision.
+            io::ErrorKind::AddrInUse => VsockError::PathInUse { path: path.into() },
+            _ => VsockError::Listen { path: path.into(), source },
+        };
+        let socket = UnixListener::bind(path).map_err(failed)?;
+        let metadata = path.symlink_metadata().map_err(failed)?;
+        let file = (metadata.dev(), metadata.ino());
+        let listener = Self { socket, path: path.into(), file };
+        listener.socket.set_nonblocking(true).map_err(failed)?;
+        Ok(listener)
+    }
+
+    /// Takes the next client, if one waits.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.socket.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+
+    /// Connects to whoever listens for the host's port `port`. Does not wait: a listener whose backlog is full counts
+    /// as absent.
+    pub fn dial(&self, port: HostPort) -> io::Result<UnixStream> {
+        let mut path = OsString::from(&self.path);
+        path.push(format!("_{}", port.0));
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &SocketAddrUnix::new(Path::new(&path))?)?;
+        Ok(socket.into())
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let ours = self
+            .path
+            .symlink_metadata()
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.file);
+        if ours {
+            // Somebody may have removed it just now: then there is nothing left to do.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Parses the line with which a client says where it wants to go, `CONNECT <port>`, without its line feed.
+pub fn parse_connect(line: &[u8]) -> Option<GuestPort> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    let port = match (words.next()?, words.next()?, words.next()) {
+        (verb, port, None) if verb.eq_ignore_ascii_case("connect") => port,
+        _ => return None,
+    };
+    // `u32::from_str` would take a sign.
+    if !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    port.parse().ok().filter(|&port| port != super::poll::PORT_ANY).map(GuestPort)
+}
+
+/// The line that tells a client that the guest has accepted.
+pub fn accepted_line(port: HostPort) -> String {
+    format!("OK {}\n", port.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::vsock::testing::TempDir;
+
+    #[test]
+    fn connect_lines_name_a_port_and_nothing_else() {
+        for (line, port) in [
+            ("CONNECT 1024", Some(1024)),
+            ("connect 0", Some(0)),
+            ("CONNECT  52 \r", Some(52)),
+            ("CONNECT 4294967294", Some(4_294_967_294)),
+            ("CONNECT 4294967295", None),
+            ("CONNECT 4294967296", None),
+            ("CONNECT -1", None),
+            ("CONNECT +1", None),
+            ("CONNECT 0x10", None),
+            ("CONNECT", None),
+            ("CONNECT 1 2", None),
+            ("CONNECTED 1", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_connect(line.as_bytes()), port.map(GuestPort), "{line:?}");
+        }
+        assert_eq!(parse_connect(b"CONNECT \xff"), None);
+    }
+
+    #[test]
+    fn a_path_that_exists_is_refused_and_left_alone() {
+        let dir = TempDir::new();
+        let path = dir.path("taken");
+        let first = Listener::bind(&path).unwrap();
+        let error = Listener::bind(&path).unwrap_err();
+        assert!(matches!(error, VsockError::PathInUse { .. }));
+        assert!(error.to_string().contains("taken") && error.to_string().contains("remove"));
+        UnixStream::connect(&path).expect("the first listener still listens");
+        drop(first);
+
+        // A socket that nobody listens on, and an ordinary file.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(matches!(Listener::bind(&path).unwrap_err(), VsockError::PathInUse { .. }));
+        let file = dir.path("file");
+        std::fs::write(&file, "precious").unwrap();
+        assert!(matches!(Listener::bind(&file).unwrap_err(), VsockError::PathInUse { .. }));
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_path_that_does_not_fit_is_refused_by_name_and_length() {
+        let dir = TempDir::new();
+        let fill = |len: usize| dir.path(&"x".repeat(len - dir.path("").as_os_str().len()));
+        Listener::bind(&fill(107)).expect("the longest path");
+        let error = Listener::bind(&fill(108)).unwrap_err();
+        assert!(error.to_string().contains("108 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_that_is_missing_is_the_systems_reason() {
+        let dir = TempDir::new();
+        let error = Listener::bind(&dir.path("missing/socket")).unwrap_err();
+        assert!(matches!(error, VsockError::Listen { .. }));
+    }
+
+    #[test]
+    fn the_socket_file_goes_with_the_listener_unless_somebody_replaced_it() {
+        let dir = TempDir::new();
+        let path = dir.path("socket");
+        drop(Listener::bind(&path).unwrap());
+        assert!(!path.exists());
+        let listener = Listener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "another's").unwrap();
+        drop(listener);
+        assert_eq!(std::fs::read(&path).unwrap(), b"another's");
+    }
+}
