@@ -1,4 +1,8 @@
 //! Device models. They know the bus they answer on and guest memory, never KVM.
 
+pub mod console;
+pub mod ioapic;
+pub mod nmi_status;
+pub mod reset_ports;
 pub mod virtio;
 pub mod vsock;

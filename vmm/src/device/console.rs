@@ -1,0 +1,140 @@
+//! The serial port and what the guest printed on it.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_superio::{Serial, Trigger, serial::NoEvents};
+
+use super::ioapic::Pin;
+use crate::bus::{Device, Effect};
+
+/// How much of the console is kept for reports, in bytes.
+const TAIL_BYTES: usize = 16 * 1024;
+
+/// The last bytes that the guest printed. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct ConsoleTail(Arc<Mutex<VecDeque<u8>>>);
+
+impl ConsoleTail {
+    fn push(&self, bytes: &[u8]) {
+        let mut tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend(bytes);
+        let excess = tail.len().saturating_sub(TAIL_BYTES);
+        tail.drain(..excess);
+    }
+
+    /// The last `count` lines, control characters made visible so that a guest cannot drive the reader's terminal.
+    pub fn last_lines(&self, count: usize) -> Vec<String> {
+        let mut tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(tail.make_contiguous());
+        let lines: Vec<&str> = text.lines().collect();
+        let first = lines.len().saturating_sub(count);
+        lines[first..].iter().map(|line| printable(line)).collect()
+    }
+}
+
+fn printable(line: &str) -> String {
+    let visible = |c: char| if c.is_control() && c != '\t' { '\u{fffd}' } else { c };
+    line.trim_end_matches('\r').chars().map(visible).collect()
+}
+
+/// Where the guest's console output goes besides the tail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConsoleOutput {
+    /// Nowhere.
+    Kept,
+    /// The process's standard output, byte for byte.
+    Stdout,
+}
+
+#[derive(Debug)]
+struct Output {
+    tail: ConsoleTail,
+    to: ConsoleOutput,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tail.push(bytes);
+        if self.to == ConsoleOutput::Stdout {
+            let mut stdout = io::stdout().lock();
+            // A reader that went away is no reason to disturb the guest.
+            let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Trigger for Pin {
+    type E = std::convert::Infallible;
+
+    fn trigger(&self) -> Result<(), Self::E> {
+        self.signal();
+        Ok(())
+    }
+}
+
+/// A 16550A at the first serial port (chip: `vm-superio`); this type is its wiring.
+pub struct Console {
+    chip: Serial<Pin, NoEvents, Output>,
+    pin: Pin,
+    tail: ConsoleTail,
+    to: ConsoleOutput,
+}
+
+impl Console {
+    /// A serial port on `pin`.
+    pub fn new(pin: Pin, to: ConsoleOutput) -> Self {
+        let tail = ConsoleTail::default();
+        Self { chip: chip(&pin, &tail, to), pin, tail, to }
+    }
+
+    /// What the guest printed last.
+    pub fn tail(&self) -> ConsoleTail {
+        self.tail.clone()
+    }
+
+    /// Power-on state of the chip; what was printed stays known.
+    pub fn reset(&mut self) {
+        self.chip = chip(&self.pin, &self.tail, self.to);
+    }
+}
+
+fn chip(pin: &Pin, tail: &ConsoleTail, to: ConsoleOutput) -> Serial<Pin, NoEvents, Output> {
+    Serial::new(pin.clone(), Output { tail: tail.clone(), to })
+}
+
+impl Device for Console {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        // The port takes bytes; wider accesses reach its first register.
+        data[0] = self.chip.read(offset as u8);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        // Neither our writer nor our trigger can fail, and a guest that overflows its own loop-back buffer keeps the loss.
+        let _ = self.chip.write(offset as u8, data[0]);
+        Effect::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_bounded_and_shows_no_control_characters() {
+        let tail = ConsoleTail::default();
+        for i in 0..10_000 {
+            tail.push(format!("line {i}\r\n").as_bytes());
+        }
+        tail.push(b"\x1b[2Jbad\x07");
+        assert!(tail.0.lock().unwrap().len() <= TAIL_BYTES);
+        assert_eq!(tail.last_lines(2), ["line 9999", "\u{fffd}[2Jbad\u{fffd}"]);
+    }
+}

@@ -1,0 +1,187 @@
+use std::sync::Mutex;
+
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::bus::Device;
+use crate::device::ioapic::{IoApic, Msi, MsiSink};
+
+const FEATURE: u64 = 1 << 3;
+
+#[derive(Default)]
+struct Fake {
+    activations: Vec<(u64, Vec<bool>)>,
+    kicks: Vec<u16>,
+    resets: u32,
+    broken: bool,
+}
+
+impl VirtioDevice for Fake {
+    fn device_id(&self) -> u32 {
+        19
+    }
+    fn queue_max_sizes(&self) -> &'static [u16] {
+        &[128, 64]
+    }
+    fn features(&self) -> u64 {
+        F_VERSION_1 | FEATURE
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(offset as u8);
+    }
+    fn activate(&mut self, driver: Driver) {
+        driver.interrupt.signal_used();
+        self.activations.push((driver.features, driver.queues.iter().map(|q| q.ready()).collect()));
+    }
+    fn handle_queue(&mut self, index: u16) {
+        self.kicks.push(index);
+    }
+    fn needs_reset(&self) -> bool {
+        self.broken
+    }
+    fn reset(&mut self) {
+        self.resets += 1;
+    }
+}
+
+#[derive(Debug, Default)]
+struct Nowhere(Mutex<u32>);
+
+impl MsiSink for Nowhere {
+    fn send(&self, _: usize, _: Msi) {
+        *self.0.lock().unwrap() += 1;
+    }
+}
+
+fn mmio() -> Mmio<Fake> {
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let ioapic = Arc::new(IoApic::new(Box::<Nowhere>::default()));
+    Mmio::new(Box::default(), ram, Pin::new(&ioapic, 5))
+}
+
+fn write(mmio: &mut Mmio<Fake>, offset: u64, value: u32) {
+    mmio.write(offset, &value.to_le_bytes());
+}
+
+fn read(mmio: &mut Mmio<Fake>, offset: u64) -> u32 {
+    let mut data = [0; 4];
+    mmio.read(offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn features_ok(mmio: &mut Mmio<Fake>, features: u64) -> u32 {
+    write(mmio, 0x70, ACKNOWLEDGE);
+    write(mmio, 0x70, ACKNOWLEDGE | DRIVER);
+    for select in [0, 1] {
+        write(mmio, 0x24, select);
+        write(mmio, 0x20, (features >> (32 * select)) as u32);
+    }
+    write(mmio, 0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    read(mmio, 0x70)
+}
+
+fn driver_ok(mmio: &mut Mmio<Fake>) {
+    write(mmio, 0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+}
+
+#[test]
+fn a_driver_that_follows_the_steps_gets_its_device() {
+    let mut mmio = mmio();
+    assert_eq!((read(&mut mmio, 0), read(&mut mmio, 4), read(&mut mmio, 8)), (MAGIC, 2, 19));
+    features_ok(&mut mmio, F_VERSION_1);
+    write(&mut mmio, 0x30, 1);
+    assert_eq!(read(&mut mmio, 0x34), 64);
+    write(&mut mmio, 0x38, 64);
+    write(&mut mmio, 0x80, 0x1000);
+    write(&mut mmio, 0x44, 1);
+    driver_ok(&mut mmio);
+    assert_eq!(mmio.device.activations, [(F_VERSION_1, vec![false, true])]);
+    assert_eq!(read(&mut mmio, 0x60), 1);
+    write(&mut mmio, 0x64, 1);
+    assert_eq!(read(&mut mmio, 0x60), 0);
+    assert_eq!(mmio.refused_writes(), 0);
+}
+
+#[test]
+fn features_that_are_not_on_offer_are_not_accepted() {
+    let check = |features, accepted| {
+        let status = features_ok(&mut mmio(), features);
+        assert_eq!(status & FEATURES_OK != 0, accepted, "{features:#x}");
+    };
+    check(F_VERSION_1 | FEATURE, true);
+    check(F_VERSION_1 | 1 << 4, false);
+    check(FEATURE, false);
+}
+
+#[test]
+fn steps_out_of_order_are_refused() {
+    let check = |statuses: &[u32], activations| {
+        let mut mmio = mmio();
+        for status in statuses {
+            write(&mut mmio, 0x70, *status);
+        }
+        assert_eq!(mmio.device.activations.len(), activations, "{statuses:?}");
+        assert!(mmio.refused_writes() > 0, "{statuses:?}");
+    };
+    check(&[0xf], 0);
+    check(&[1, 2, 3, 11], 0);
+    check(&[1, 3, 7], 0);
+    check(&[DRIVER_OK], 0);
+}
+
+#[test]
+fn features_and_queues_cannot_change_under_a_live_device() {
+    let mut mmio = mmio();
+    features_ok(&mut mmio, F_VERSION_1);
+    write(&mut mmio, 0x20, 0xff);
+    driver_ok(&mut mmio);
+    write(&mut mmio, 0x44, 1);
+    write(&mut mmio, 0x80, 0x2000);
+    driver_ok(&mut mmio);
+    assert_eq!(mmio.device.activations, [(F_VERSION_1, vec![false, false])]);
+    assert_eq!(mmio.refused_writes(), 3);
+}
+
+#[test]
+fn writing_zero_resets_device_and_registers() {
+    let mut mmio = mmio();
+    features_ok(&mut mmio, F_VERSION_1);
+    driver_ok(&mut mmio);
+    write(&mut mmio, 0x70, 0);
+    assert_eq!(mmio.device.resets, 1);
+    assert_eq!((read(&mut mmio, 0x70), read(&mut mmio, 0x60)), (0, 0));
+    features_ok(&mut mmio, F_VERSION_1);
+    driver_ok(&mut mmio);
+    assert_eq!(mmio.device.activations.len(), 2);
+}
+
+#[test]
+fn the_reset_that_every_driver_begins_with_takes_nothing_back() {
+    let mut mmio = mmio();
+    write(&mut mmio, 0x70, 0);
+    assert_eq!(mmio.device.resets, 0);
+}
+
+#[test]
+fn a_broken_device_says_so_until_it_is_reset() {
+    let mut mmio = mmio();
+    mmio.device.broken = true;
+    assert_ne!(read(&mut mmio, 0x70) & NEEDS_RESET, 0);
+}
+
+#[test]
+fn junk_in_registers_hurts_nobody() {
+    let mut mmio = mmio();
+    for offset in 0..0x200 {
+        for value in [0, 1, 0x7fff_ffff, u32::MAX] {
+            write(&mut mmio, offset, value);
+            read(&mut mmio, offset);
+        }
+        mmio.write(offset, &[0xff]);
+        mmio.write(offset, &[0xff; 8]);
+        mmio.read(offset, &mut [0; 8]);
+    }
+    write(&mut mmio, QUEUE_NOTIFY, 0x1_0001);
+    assert!(mmio.device.kicks.iter().all(|index| *index < 2));
+    assert!(mmio.device.activations.is_empty());
+}
