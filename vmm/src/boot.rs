@@ -1,0 +1,225 @@
+//! Puts a kernel and what it is told into guest RAM, before any vCPU exists.
+//!
+//! `image` finds out what a file is and refuses what cannot work, `pvh` and `linux64` write what each boot protocol asks
+//! for, `acpi` describes the machine.
+
+mod acpi;
+mod image;
+mod linux64;
+mod pvh;
+
+use std::fs::File;
+use std::io::{self, Cursor, Seek};
+use std::path::PathBuf;
+
+use linux_loader::loader::{self, KernelLoader};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::layout;
+use crate::memory::{GuestRam, MemoryError};
+use image::Kind;
+
+/// Where the first vCPU starts, and by which protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// PVH: 32-bit protected mode without paging, `hvm_start_info` at [`layout::PVH_START_INFO`].
+    Pvh {
+        /// First instruction.
+        rip: u64,
+    },
+    /// Linux's 64-bit boot protocol, `boot_params` at [`layout::ZERO_PAGE`].
+    Linux64 {
+        /// First instruction.
+        rip: u64,
+    },
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub enum Payload {
+    /// The embedded guest agent.
+    Agent,
+    /// A kernel of the user's: an ELF with or without a PVH note, or a bzImage.
+    Kernel {
+        /// The kernel.
+        kernel: PathBuf,
+        /// An initial RAM disk.
+        initrd: Option<PathBuf>,
+    },
+}
+
+/// Why a payload cannot be booted. All are the user's to mend, except where a source says otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The file cannot be opened or read.
+    #[error("read {what} {path:?}")]
+    Read {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is no kernel that this machine can run.
+    #[error("kernel {path:?} {problem}")]
+    Kernel {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The initrd does not fit.
+    #[error(
+        "initrd {path:?} of {bytes} bytes does not fit between the kernel and the end of RAM; give --mem more"
+    )]
+    InitrdTooLarge {
+        /// Its path.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// The command line is too long or contains a zero byte.
+    #[error(
+        "the kernel command line must be shorter than {} bytes and hold no zero byte",
+        layout::COMMAND_LINE_MAX
+    )]
+    CommandLine,
+    /// Boot data does not fit into RAM. Cannot happen with a size that the configuration accepts.
+    #[error("write boot data into guest memory")]
+    BootData(#[from] vm_memory::GuestMemoryError),
+    /// The template could not be made.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// Loads `payload` with its command line into `ram` for a machine with `vcpus` processors.
+///
+/// # Errors
+/// [`BootError`].
+pub fn load(
+    ram: &GuestRam,
+    payload: &Payload,
+    command_line: &str,
+    vcpus: u8,
+) -> Result<Entry, BootError> {
+    write_command_line(ram, command_line)?;
+    acpi::write(ram, vcpus)?;
+    match payload {
+        Payload::Agent => {
+            let mut image = Cursor::new(images::AGENT);
+            load_image(ram, PathBuf::from("guest agent"), &mut image, None)
+        }
+        Payload::Kernel { kernel, initrd } => {
+            let open = |what, path: &PathBuf| {
+                open_file(path).map_err(|source| BootError::Read {
+                    what,
+                    path: path.clone(),
+                    source,
+                })
+            };
+            let mut image = open("kernel", kernel)?;
+            let initrd = match initrd {
+                Some(path) => Some(Initrd { file: open("initrd", path)?, path: path.clone() }),
+                None => None,
+            };
+            load_image(ram, kernel.clone(), &mut image, initrd)
+        }
+    }
+}
+
+/// Opens a regular file. A directory opens well and fails late, a FIFO blocks: neither is a kernel.
+fn open_file(path: &PathBuf) -> io::Result<File> {
+    match std::fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+    }
+}
+
+/// Replaces the command line.
+///
+/// # Errors
+/// [`BootError::CommandLine`].
+pub fn write_command_line(ram: &GuestRam, text: &str) -> Result<(), BootError> {
+    if text.len() >= layout::COMMAND_LINE_MAX || text.contains('\0') {
+        return Err(BootError::CommandLine);
+    }
+    ram.write_slice(text.as_bytes(), GuestAddress(layout::COMMAND_LINE))?;
+    Ok(ram.write_obj(0u8, GuestAddress(layout::COMMAND_LINE + text.len() as u64))?)
+}
+
+struct Initrd {
+    file: File,
+    path: PathBuf,
+}
+
+/// Where an initrd lies in RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct InitrdRange {
+    start: u64,
+    bytes: u64,
+}
+
+fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
+    ram: &GuestRam,
+    path: PathBuf,
+    file: &mut F,
+    initrd: Option<Initrd>,
+) -> Result<Entry, BootError> {
+    let refuse = |problem: String| BootError::Kernel { path: path.clone(), problem };
+    let kind = image::inspect(file, ram).map_err(refuse)?;
+    let lowest = Some(GuestAddress(layout::HIGH_MEMORY));
+    let loaded = match kind {
+        Kind::Elf => loader::Elf::load(ram, None, file, lowest),
+        Kind::BzImage => loader::BzImage::load(ram, None, file, lowest),
+    };
+    let loaded = loaded.map_err(|e| refuse(format!("cannot be loaded: {e}")))?;
+    let kernel_end = loaded.setup_header.map_or(loaded.kernel_end, |header| {
+        // A bzImage unpacks itself to its preferred address and needs room there.
+        loaded.kernel_end.max(header.pref_address.saturating_add(u64::from(header.init_size)))
+    });
+    let limit = linux64::initrd_limit(loaded.setup_header.as_ref());
+    let initrd = initrd.map(|initrd| load_initrd(ram, initrd, kernel_end, limit)).transpose()?;
+    match loaded.pvh_boot_cap {
+        loader::PvhBootCapability::PvhEntryPresent(rip) => {
+            pvh::write(ram, initrd)?;
+            Ok(Entry::Pvh { rip: rip.0 })
+        }
+        _ => {
+            linux64::write(ram, loaded.setup_header, initrd)?;
+            let offset = if kind == Kind::BzImage { linux64::BZIMAGE_ENTRY } else { 0 };
+            Ok(Entry::Linux64 { rip: loaded.kernel_load.0 + offset })
+        }
+    }
+}
+
+/// Puts the initrd as high as it may lie, page-aligned, out of the unpacking kernel's way.
+fn load_initrd(
+    ram: &GuestRam,
+    initrd: Initrd,
+    kernel_end: u64,
+    limit: u64,
+) -> Result<InitrdRange, BootError> {
+    let Initrd { mut file, path } = initrd;
+    let read_error =
+        |path: &PathBuf, source| BootError::Read { what: "initrd", path: path.clone(), source };
+    let bytes = file.metadata().map_err(|e| read_error(&path, e))?.len();
+    let top = image::low_ram_end(ram).min(limit);
+    let start = top.checked_sub(bytes).map_or(0, |start| start & !0xfff);
+    if start < kernel_end || start < layout::HIGH_MEMORY {
+        return Err(BootError::InitrdTooLarge { path, bytes });
+    }
+    ram.read_exact_volatile_from(GuestAddress(start), &mut file, bytes as usize)
+        .map_err(|e| read_error(&path, io::Error::other(e)))?;
+    Ok(InitrdRange { start, bytes })
+}
+
+/// RAM as a boot protocol tells it: usable ranges, lowest first, the legacy hole left out.
+fn usable_ram(ram: &GuestRam) -> Vec<(u64, u64)> {
+    let mut ranges = vec![(0, layout::LOW_MEMORY_END)];
+    for (start, bytes) in image::ram_ranges(ram) {
+        let from = start.max(layout::HIGH_MEMORY);
+        ranges.push((from, start + bytes - from));
+    }
+    ranges
+}

@@ -1,0 +1,117 @@
+//! ACPI tables for kernels that look for them: processors, I/O APIC, reset register, sleep register. Hardware-reduced, so
+//! there is no SCI, no power-management timer and no legacy device to find (ACPI 6.5, section 4.1).
+
+use acpi_tables::aml::{Name, PackageBuilder};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::device::reset_ports::{ACPI_RESET_VALUE, ACPI_SLEEP_S5};
+use crate::layout;
+use crate::memory::GuestRam;
+
+const OEM_ID: [u8; 6] = *b"CLEANS";
+const OEM_TABLE_ID: [u8; 8] = *b"CLEANSLT";
+const OEM_REVISION: u32 = 1;
+/// Enough for the largest of the tables.
+const TABLE_STEP: u64 = 0x1000;
+
+struct Bytecode(Vec<u8>);
+
+impl AmlSink for Bytecode {
+    fn byte(&mut self, byte: u8) {
+        self.0.push(byte);
+    }
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut sink = Bytecode(Vec::new());
+    table.to_aml_bytes(&mut sink);
+    sink.0
+}
+
+fn port(address: u16) -> GAS {
+    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
+}
+
+/// Writes the tables at [`layout::ACPI_RSDP`] for a machine with `vcpus` processors.
+pub(super) fn write(ram: &GuestRam, vcpus: u8) -> Result<(), GuestMemoryError> {
+    let [dsdt_at, fadt_at, madt_at, xsdt_at] =
+        [1, 2, 3, 4].map(|i| layout::ACPI_RSDP + i * TABLE_STEP);
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(fadt_at);
+    xsdt.add_entry(madt_at);
+    let tables = [
+        (layout::ACPI_RSDP, bytes(&Rsdp::new(OEM_ID, xsdt_at))),
+        (dsdt_at, bytes(&dsdt())),
+        (fadt_at, bytes(&fadt(dsdt_at))),
+        (madt_at, bytes(&madt(vcpus))),
+        (xsdt_at, bytes(&xsdt)),
+    ];
+    for (address, table) in tables {
+        ram.write_slice(&table, GuestAddress(address))?;
+    }
+    Ok(())
+}
+
+fn dsdt() -> Sdt {
+    let s5 = PackageBuilder::new();
+    let mut s5 = s5;
+    s5.add_element(&ACPI_SLEEP_S5);
+    let mut table = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    table.append_slice(&bytes(&Name::new("_S5_".into(), &s5)));
+    table
+}
+
+fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup);
+    fadt.reset_reg = port(layout::ACPI_PORT);
+    fadt.reset_value = ACPI_RESET_VALUE;
+    fadt.sleep_control_reg = port(layout::ACPI_PORT + 1);
+    fadt.sleep_status_reg = port(layout::ACPI_PORT + 2);
+    // No VGA, no CMOS clock, but an 8042 (bit 1), by which Linux may reset.
+    fadt.iapc_boot_arch = (1 << 1 | 1 << 2 | 1 << 5).into();
+    fadt.finalize()
+}
+
+fn madt(vcpus: u8) -> MADT {
+    let local_apic = LocalInterruptController::Address(layout::LOCAL_APIC_BASE as u32);
+    let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
+    for id in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, layout::IOAPIC_BASE as u32, 0));
+    madt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_table_has_its_signature_and_a_zero_checksum() {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        write(&ram, 254).unwrap();
+        for (i, signature) in (1..).zip([b"DSDT", b"FACP", b"APIC", b"XSDT"]) {
+            let at = GuestAddress(layout::ACPI_RSDP + i * TABLE_STEP);
+            let mut header = [0; 8];
+            ram.read_slice(&mut header, at).unwrap();
+            assert_eq!(&header[..4], signature);
+            let len = u32::from_le_bytes(header[4..8].try_into().unwrap()) as usize;
+            assert!(len as u64 <= TABLE_STEP, "{len}");
+            let mut table = vec![0; len];
+            ram.read_slice(&mut table, at).unwrap();
+            assert_eq!(table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        }
+    }
+}
