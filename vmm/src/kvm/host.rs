@@ -1,0 +1,74 @@
+//! What this host is: kernel, kind of KVM, and what it says about performance counters.
+
+use std::fs;
+use std::path::Path;
+
+use kvm_ioctls::Kvm;
+use serde::Serialize;
+
+use super::pmu;
+
+/// What runs guest code on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KvmKind {
+    /// Intel VT-x.
+    Vmx,
+    /// AMD-V.
+    Svm,
+    /// No hardware virtualization underneath: ring 0 of the guest is emulated and ring 3 runs natively.
+    Software,
+}
+
+impl KvmKind {
+    /// Tells by the vendor module, which is listed whether it is loaded or built in. Costs two look-ups in sysfs.
+    pub fn detect() -> Self {
+        let module = |name: &str| Path::new("/sys/module").join(name).exists();
+        if module("kvm_amd") {
+            Self::Svm
+        } else if module("kvm_intel") {
+            Self::Vmx
+        } else {
+            Self::Software
+        }
+    }
+}
+
+/// Everything about the host that a verdict depends on.
+#[derive(Clone, Debug, Serialize)]
+pub struct HostInfo {
+    /// Kernel release.
+    pub kernel: String,
+    /// Kind of KVM.
+    pub kvm: KvmKind,
+    /// Module parameter `kvm.enable_pmu`; none on kernels before 5.17.
+    pub enable_pmu: Option<bool>,
+    /// `KVM_CAP_PMU_CAPABILITY` (212) as `KVM_CHECK_EXTENSION` gives it: bit 0 if a machine's PMU can be disabled.
+    pub cap_212: i32,
+    /// Module parameter `kvm.ignore_msrs`: if set, accesses to unknown registers look successful.
+    pub ignore_msrs: Option<bool>,
+}
+
+impl HostInfo {
+    /// Asks the kernel.
+    pub fn read(kvm: &Kvm) -> Self {
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        Self {
+            kernel,
+            kvm: KvmKind::detect(),
+            enable_pmu: module_flag("enable_pmu"),
+            cap_212: pmu::disable_capability(kvm),
+            ignore_msrs: module_flag("ignore_msrs"),
+        }
+    }
+}
+
+/// A Y/N parameter of the kvm module.
+pub(super) fn module_flag(name: &str) -> Option<bool> {
+    let text = fs::read_to_string(Path::new("/sys/module/kvm/parameters").join(name)).ok()?;
+    match text.trim() {
+        "Y" | "1" => Some(true),
+        "N" | "0" => Some(false),
+        _ => None,
+    }
+}

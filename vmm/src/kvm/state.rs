@@ -1,0 +1,181 @@
+//! What a vCPU is at power-on, captured once and put back whole by every reset.
+//!
+//! The order of the restore matters and is explained at [`PowerOnState::restore`]; the list of what it covers is the
+//! project's `facts`: registers, extended state, debug registers, events, local APIC, MSRs, PV registers, PMU.
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_X86_SMM, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_VCPUEVENT_VALID_NMI_PENDING,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd};
+
+use super::KvmError;
+use super::pmu;
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Registers by which a guest tells KVM to write into its RAM, with the value that stops it (Linux
+/// `Documentation/virt/kvm/x86/msr.rst`): wall clock, system time (old and new numbers), async page faults, steal time,
+/// PV EOI, and their companions. `POLL_CONTROL` starts at 1.
+const PV_MSRS: [(u32, u64); 10] = [
+    (0x12, 0),
+    (0x11, 0),
+    (0x4b56_4d01, 0),
+    (0x4b56_4d00, 0),
+    (0x4b56_4d02, 0),
+    (0x4b56_4d03, 0),
+    (0x4b56_4d04, 0),
+    (0x4b56_4d05, 1),
+    (0x4b56_4d06, 0),
+    (0x4b56_4d07, 0),
+];
+
+/// MSRs that a guest may write and that KVM's own list leaves out: memory type ranges.
+fn unlisted_msrs() -> impl Iterator<Item = u32> {
+    const DEFAULT_TYPE: u32 = 0x2ff;
+    [DEFAULT_TYPE]
+        .into_iter()
+        .chain(0x200..=0x20f)
+        .chain([0x250, 0x258, 0x259])
+        .chain(0x268..=0x26f)
+}
+
+/// A vCPU as it is before its first instruction.
+pub struct PowerOnState {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Box<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    mp_state: kvm_mp_state,
+    events: kvm_vcpu_events,
+    pv: Vec<kvm_msr_entry>,
+    msrs: Vec<kvm_msr_entry>,
+    tsc: Vec<kvm_msr_entry>,
+    pmu: Vec<kvm_msr_entry>,
+}
+
+impl PowerOnState {
+    /// Captures a vCPU that is completely set up and has not run.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`] naming what KVM did not give.
+    pub fn capture(
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        cpuid: &CpuId,
+        has_pmu: bool,
+    ) -> Result<Self, KvmError> {
+        let listed = kvm.get_msr_index_list().map_err(KvmError::request("list the MSRs"))?;
+        let is_generic = |index: &u32| {
+            !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE)
+                && !pmu::is_pmu_msr(*index)
+                && !PV_MSRS.iter().any(|(pv, _)| pv == index)
+        };
+        let generic: Vec<u32> =
+            listed.as_slice().iter().copied().chain(unlisted_msrs()).filter(is_generic).collect();
+        let offered = |(index, _): &&(u32, u64)| listed.as_slice().contains(index);
+        let sequence = if has_pmu { pmu::reset_sequence(cpuid) } else { Vec::new() };
+        Ok(Self {
+            regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
+            sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
+            xsave: Box::new(vcpu.get_xsave().map_err(KvmError::request("get the extended state"))?),
+            xcrs: vcpu.get_xcrs().map_err(KvmError::request("get XCR0"))?,
+            debug_regs: vcpu
+                .get_debug_regs()
+                .map_err(KvmError::request("get the debug registers"))?,
+            lapic: vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?,
+            mp_state: vcpu.get_mp_state().map_err(KvmError::request("get the run state"))?,
+            events: no_events(kvm),
+            pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
+            msrs: read_msrs(vcpu, &generic)?,
+            // Writing 0 would mean "synchronize with the other vCPUs" to KVM; 1 means 1.
+            tsc: vec![entry(&(MSR_TSC, 1)), entry(&(MSR_TSC_DEADLINE, 0))],
+            pmu: sequence.iter().map(entry).collect(),
+        })
+    }
+
+    /// Puts everything back. The vCPU does not run and has no exit to complete.
+    ///
+    /// # Errors
+    /// [`KvmError`]; the vCPU is then half of either life and its machine must be dropped.
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        // First of all, KVM forgets where in RAM it was to write clocks and flags.
+        write_msrs(vcpu, &self.pv)?;
+        // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME or
+        // CR4.VMXE here also leaves nested guests.
+        vcpu.set_sregs(&self.sregs).map_err(KvmError::request("put back the system registers"))?;
+        vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
+        // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is enabled
+        // for this process, so the state is no longer than the structure.
+        unsafe { vcpu.set_xsave(&self.xsave) }
+            .map_err(KvmError::request("put back the extended state"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(KvmError::request("put back the debug registers"))?;
+        write_msrs(vcpu, &self.msrs)?;
+        // The deadline needs the APIC's timer mode, so after the APIC.
+        write_msrs(vcpu, &self.tsc)?;
+        write_msrs(vcpu, &self.pmu)?;
+        // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
+        vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;
+        vcpu.set_vcpu_events(&self.events).map_err(KvmError::request("cancel queued events"))?;
+        vcpu.set_mp_state(self.mp_state).map_err(KvmError::request("put back the run state"))
+    }
+}
+
+fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, ..Default::default() }
+}
+
+/// Nothing queued, nothing masked; the flags make KVM take the fields that it would otherwise leave alone.
+fn no_events(kvm: &Kvm) -> kvm_vcpu_events {
+    let has = |capability: u32| kvm.check_extension_raw(u64::from(capability)) > 0;
+    let mut flags = KVM_VCPUEVENT_VALID_NMI_PENDING
+        | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        | KVM_VCPUEVENT_VALID_SHADOW;
+    if has(KVM_CAP_X86_SMM) {
+        flags |= KVM_VCPUEVENT_VALID_SMM;
+    }
+    // Legal because `Vm::new` enables the capability wherever it is offered.
+    if has(KVM_CAP_X86_TRIPLE_FAULT_EVENT) {
+        flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    }
+    kvm_vcpu_events { flags, ..Default::default() }
+}
+
+/// Reads what can be read of `indices`. KVM stops at the first register that it refuses; that one is left out.
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let wanted: Vec<_> = rest.iter().map(|index| entry(&(*index, 0))).collect();
+        let mut msrs = Msrs::from_entries(&wanted)
+            .map_err(|_| KvmError::Capability("room for all MSRs in one request"))?;
+        let count = vcpu.get_msrs(&mut msrs).map_err(KvmError::request("get the MSRs"))?;
+        values.extend_from_slice(&msrs.as_slice()[..count]);
+        rest = rest.get(count + 1..).unwrap_or_default();
+    }
+    Ok(values)
+}
+
+/// Writes all `entries`. A register that KVM does not let anybody write is no error while it still has the value wanted.
+fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    let mut rest = entries;
+    while !rest.is_empty() {
+        let msrs = Msrs::from_entries(rest)
+            .map_err(|_| KvmError::Capability("room for all MSRs in one request"))?;
+        let count = vcpu.set_msrs(&msrs).map_err(KvmError::request("put back the MSRs"))?;
+        if let Some(refused) = rest.get(count) {
+            let now = read_msrs(vcpu, &[refused.index])?;
+            if now.first().is_none_or(|now| now.data != refused.data) {
+                return Err(KvmError::Msr { index: refused.index, value: refused.data });
+            }
+        }
+        rest = rest.get(count + 1..).unwrap_or_default();
+    }
+    Ok(())
+}

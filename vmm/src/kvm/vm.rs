@@ -1,0 +1,123 @@
+//! A machine in KVM: memory, interrupt controller, notifications.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_clock_data, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::host::KvmKind;
+use super::irq::IrqRouter;
+use super::pmu::{self, PmuAbsence, PmuPolicy};
+use super::vcpu::Vcpu;
+use super::{KvmError, cpuid};
+use crate::device::ioapic::PINS;
+use crate::layout;
+use crate::memory::Memory;
+
+/// A machine. Created with its memory and a split interrupt controller: local APICs in the kernel, the I/O APIC outside.
+#[derive(Debug)]
+pub struct Vm {
+    fd: Arc<VmFd>,
+    pmu_absence: PmuAbsence,
+}
+
+impl Vm {
+    /// Creates a machine around `memory`, which the caller keeps mapped as long as the machine lives.
+    ///
+    /// # Errors
+    /// [`KvmError`] naming the request.
+    pub fn new(
+        kvm: &Kvm,
+        kind: KvmKind,
+        memory: &Memory,
+        policy: PmuPolicy,
+    ) -> Result<Self, KvmError> {
+        let fd = kvm.create_vm().map_err(KvmError::request("create a machine"))?;
+        // Memory before the interrupt controller: the other way round the software KVM waits for milliseconds.
+        for (slot, range) in memory.ranges().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: range.guest,
+                memory_size: range.bytes,
+                userspace_addr: range.host,
+            };
+            // SAFETY: the range is a mapping that `memory` owns, and whoever builds a machine drops the machine before its
+            // memory (`machine::Machine` keeps both, in that order).
+            unsafe { fd.set_user_memory_region(region) }
+                .map_err(KvmError::request("give the machine its memory"))?;
+        }
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = PINS as u64;
+        fd.enable_cap(&split).map_err(KvmError::request("split the interrupt controller"))?;
+        if kvm.check_extension_raw(u64::from(KVM_CAP_X86_TRIPLE_FAULT_EVENT)) > 0 {
+            // Lets a reset cancel a triple fault that is queued but not delivered.
+            let mut events =
+                kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, ..Default::default() };
+            events.args[0] = 1;
+            fd.enable_cap(&events).map_err(KvmError::request("enable triple fault events"))?;
+        }
+        if kind == KvmKind::Vmx {
+            fd.set_tss_address(layout::KVM_TSS as usize)
+                .map_err(KvmError::request("set the TSS address"))?;
+        }
+        let pmu_absence = pmu::apply(kvm, &fd, policy)?;
+        Ok(Self { fd: Arc::new(fd), pmu_absence })
+    }
+
+    /// What made the PMU absent.
+    pub fn pmu_absence(&self) -> PmuAbsence {
+        self.pmu_absence
+    }
+
+    /// Delivers the I/O APIC's messages to this machine.
+    pub fn irq_router(&self) -> IrqRouter {
+        IrqRouter::new(Arc::clone(&self.fd))
+    }
+
+    /// Creates vCPU `id` of `count` with its CPUID. It has no registers of ours yet.
+    ///
+    /// # Errors
+    /// [`KvmError`] naming the request.
+    pub fn create_vcpu(
+        &self,
+        supported: &kvm_bindings::CpuId,
+        id: u8,
+        count: u8,
+    ) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(u64::from(id)).map_err(KvmError::request("create a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(supported, &fd, id, count)?;
+        fd.set_cpuid2(&cpuid).map_err(KvmError::request("set the CPUID"))?;
+        Ok(Vcpu::new(fd, cpuid, id))
+    }
+
+    /// Makes a 4-byte write of `value` at guest address `address` signal `fd` without leaving the kernel.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn notify_on_write(&self, address: u64, value: u32, fd: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(fd, &IoEventAddress::Mmio(address), value)
+            .map_err(KvmError::request("register an ioeventfd"))
+    }
+
+    /// Sets the machine's paravirtual clock to zero, as at power-on.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn reset_clock(&self) -> Result<(), KvmError> {
+        self.fd
+            .set_clock(&kvm_clock_data::default())
+            .map_err(KvmError::request("reset the paravirtual clock"))
+    }
+}
+
+/// The largest number of vCPUs that KVM recommends for one machine and that 8-bit APIC numbers can tell apart.
+pub fn max_vcpus(kvm: &Kvm) -> u8 {
+    // 0xff is the broadcast number.
+    kvm.get_nr_vcpus().clamp(1, 254) as u8
+}
