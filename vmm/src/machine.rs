@@ -1,0 +1,305 @@
+//! A running machine: its parts, its event loop, and the handle by which the rest of the program steers it.
+//!
+//! One thread runs the event loop and owns everything; each vCPU has a thread that runs guest code and reports when it
+//! cannot go on. Nobody else touches a device, a vCPU or guest memory.
+
+mod build;
+mod config;
+mod event_loop;
+mod reset;
+mod vcpu_thread;
+
+use std::fmt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use agent_protocol::Cause;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use build::launch;
+pub use config::{Config, ConfigError, GUEST_CID, ResetPolicy};
+
+use crate::boot::BootError;
+use crate::bus::Shared;
+use crate::device::console::{Console, ConsoleTail};
+use crate::device::ioapic::IoApic;
+use crate::device::nmi_status::NmiStatus;
+use crate::device::reset_ports::ResetControl;
+use crate::device::virtio::mmio::Mmio;
+use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
+use crate::kvm::KvmError;
+use crate::kvm::host::HostInfo;
+use crate::kvm::pmu::PmuAbsence;
+use crate::kvm::state::PowerOnState;
+use crate::kvm::vm::Vm;
+use crate::memory::{Memory, MemoryError};
+use vcpu_thread::VcpuThread;
+
+/// Why a machine could not be built or go on: never the guest's doing.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration makes no sense.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The payload cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Memory could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The vsock device could not be set up.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// A thread, an eventfd or the event loop could not be had.
+    #[error("{action}")]
+    Host {
+        /// What was asked of the host.
+        action: &'static str,
+        /// What it said.
+        source: std::io::Error,
+    },
+}
+
+impl MachineError {
+    fn host(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+}
+
+/// The machine's devices, as its buses and its event loop share them.
+struct Devices {
+    ioapic: Arc<IoApic>,
+    console: Shared<Console>,
+    nmi_status: Shared<NmiStatus>,
+    reset_control: Shared<ResetControl>,
+    vsock: Shared<Mmio<Vsock>>,
+}
+
+/// What the event loop owns. Fields are dropped in this order: vCPUs stop before KVM forgets the machine, and memory goes
+/// last.
+struct Machine {
+    vcpus: Vec<(VcpuThread, PowerOnState)>,
+    devices: Devices,
+    vm: Vm,
+    memory: Memory,
+    /// The agent's command line without what changes from life to life; none for other guests.
+    agent_command_line: Option<String>,
+    life: u32,
+    reset_policy: ResetPolicy,
+    inbox: Receiver<Message>,
+    wake: Arc<EventFd>,
+    events: Sender<Event>,
+}
+
+/// Everything that the event loop can be told.
+enum Message {
+    /// A vCPU stopped running guest code at this moment and is parked.
+    VcpuStopped(Instant, VcpuStop),
+    /// The owner of the [`Handle`] wants something.
+    Command(Command),
+}
+
+/// Why a vCPU parked itself.
+#[derive(Debug)]
+enum VcpuStop {
+    /// The guest asked for a reset.
+    Reset(Cause),
+    /// The guest turned the machine off.
+    PowerOff,
+    /// KVM cannot go on.
+    Stuck(GuestStuck),
+    /// KVM failed.
+    Failed(KvmError),
+}
+
+enum Command {
+    Reset,
+    Nmi,
+    Stop,
+}
+
+/// Why a guest cannot be run any further.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StuckReason {
+    /// `KVM_EXIT_INTERNAL_ERROR` with this suberror; 1 is an instruction that KVM had to emulate and could not.
+    InternalError(u32),
+    /// The processor refused the guest's state, for this reason.
+    FailEntry(u64),
+    /// An exit that this monitor has no use for.
+    Unexpected(String),
+}
+
+/// A guest that KVM cannot run any further.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestStuck {
+    /// KVM's word for it.
+    pub reason: StuckReason,
+    /// Which vCPU.
+    pub vcpu: u8,
+    /// Its instruction pointer.
+    pub rip: u64,
+    /// The instruction bytes there; empty if the address leads nowhere.
+    pub bytes: Vec<u8>,
+}
+
+impl fmt::Display for GuestStuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.reason {
+            StuckReason::InternalError(1) => write!(f, "KVM could not emulate an instruction")?,
+            StuckReason::InternalError(suberror) => write!(f, "KVM internal error {suberror}")?,
+            StuckReason::FailEntry(reason) => {
+                write!(f, "the processor refused entry, reason {reason:#x}")?
+            }
+            StuckReason::Unexpected(exit) => write!(f, "unexpected exit {exit}")?,
+        }
+        write!(f, "; vCPU {} at rip {:#x}, bytes", self.vcpu, self.rip)?;
+        match self.bytes.as_slice() {
+            [] => f.write_str(" unreadable"),
+            bytes => bytes.iter().try_for_each(|byte| write!(f, " {byte:02x}")),
+        }
+    }
+}
+
+/// What happened to a machine.
+#[derive(Debug)]
+pub enum Event {
+    /// It was reset in place and runs again.
+    Reset {
+        /// Number of the life that began; the first is 1.
+        life: u32,
+        /// Why.
+        cause: Cause,
+        /// When the cause reached the monitor.
+        at: Instant,
+    },
+    /// An NMI was wanted.
+    Nmi {
+        /// Whether the guest had its NMI pin connected, so that the NMI was queued.
+        delivered: bool,
+    },
+    /// It does not run any more. The last event.
+    Stopped(Stop),
+}
+
+/// Why a machine stopped.
+#[derive(Debug)]
+pub enum Stop {
+    /// The guest turned it off.
+    PowerOff,
+    /// The guest asked for a reset that the policy does not allow.
+    Reset(Cause),
+    /// The guest cannot be run further.
+    Stuck(GuestStuck),
+    /// SIGINT or SIGTERM.
+    Interrupted,
+    /// The [`Handle`] asked for it.
+    Requested,
+    /// The host failed.
+    Failed(MachineError),
+}
+
+/// What the guest did that no correct guest does, and what the devices did for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct GuestStats {
+    /// Writes to virtio registers that the specification forbids.
+    pub refused_register_writes: u64,
+    /// The vsock device's counters.
+    pub vsock: crate::device::vsock::VsockStats,
+}
+
+/// Steers a machine from another thread. Dropping it stops the machine and waits for its end.
+pub struct Handle {
+    commands: Sender<Message>,
+    wake: Arc<EventFd>,
+    events: Receiver<Event>,
+    connector: VsockConnector,
+    vsock: Shared<Mmio<Vsock>>,
+    console: ConsoleTail,
+    host: HostInfoSource,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What is needed to describe the host; asked for only after the launch, since it takes time.
+struct HostInfoSource {
+    kvm: Arc<kvm_ioctls::Kvm>,
+    pmu_absence: PmuAbsence,
+}
+
+impl Handle {
+    /// Resets the machine in place. [`Event::Reset`] follows.
+    pub fn reset(&self) {
+        self.send(Command::Reset);
+    }
+
+    /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
+    pub fn inject_nmi(&self) {
+        self.send(Command::Nmi);
+    }
+
+    /// Stops the machine. [`Event::Stopped`] follows.
+    pub fn stop(&self) {
+        self.send(Command::Stop);
+    }
+
+    fn send(&self, command: Command) {
+        // If the event loop has ended, its last event says why, and there is nobody left to command.
+        if self.commands.send(Message::Command(command)).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// The next event, or `None` after `timeout`.
+    pub fn next_event(&self, timeout: Duration) -> Option<Event> {
+        match self.events.recv_timeout(timeout) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => None,
+            // The loop sent its last event before.
+            Err(RecvTimeoutError::Disconnected) => Some(Event::Stopped(Stop::Requested)),
+        }
+    }
+
+    /// Opens a vsock connection to a port of the guest.
+    ///
+    /// # Errors
+    /// What the host says when it has no descriptor left.
+    pub fn connect(&self, port: GuestPort) -> std::io::Result<UnixStream> {
+        self.connector.connect(port)
+    }
+
+    /// What the guest printed last.
+    pub fn console(&self) -> &ConsoleTail {
+        &self.console
+    }
+
+    /// What the guest did wrong so far.
+    pub fn guest_stats(&self) -> GuestStats {
+        let mmio = self.vsock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        GuestStats { refused_register_writes: mmio.refused_writes(), vsock: mmio.device.stats() }
+    }
+
+    /// What this host is.
+    pub fn host_info(&self) -> HostInfo {
+        HostInfo::read(&self.host.kvm)
+    }
+
+    /// What made the guest's PMU absent.
+    pub fn pmu_absence(&self) -> PmuAbsence {
+        self.host.pmu_absence
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the event loop has already printed itself.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Builds a machine and lets it run. What takes KVM or the kernel long is done beside the rest.
+
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use agent_protocol::Cause;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::event_loop::{EventLoop, VirtioEvents};
+use super::reset::life_command_line;
+use super::vcpu_thread::{Surroundings, VcpuThread};
+use super::{Config, Devices, GUEST_CID, Handle, HostInfoSource, Machine, MachineError, Message};
+use crate::boot::{self, Entry, Payload};
+use crate::bus::Bus;
+use crate::device::console::Console;
+use crate::device::ioapic::{IoApic, Pin};
+use crate::device::reset_ports::{AcpiPorts, I8042};
+use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
+use crate::device::vsock::{GuestCid, Vsock};
+use crate::kvm::host::KvmKind;
+use crate::kvm::vm::Vm;
+use crate::kvm::{self, cpuid};
+use crate::layout;
+use crate::memory::{Memory, Template};
+
+/// Builds the machine of `config` and starts its first life.
+///
+/// # Errors
+/// [`MachineError`]; nothing is left behind.
+pub fn launch(config: &Config) -> Result<Handle, MachineError> {
+    let kvm = Arc::new(kvm::open()?);
+    let vcpu_count = config.checked_vcpus(&kvm)?;
+    let kind = KvmKind::detect();
+    // Getting the supported CPUID is a third of the time that KVM needs to build a machine; it needs nothing of it.
+    let (supported, built) = std::thread::scope(|scope| {
+        let supported = scope.spawn(|| cpuid::supported(&kvm, kind, config.pmu));
+        let built = build_vm(config, &kvm, kind, vcpu_count);
+        (supported.join().expect("the CPUID thread does not panic"), built)
+    });
+    let (supported, Built { vm, memory, entry }) = (supported?, built?);
+
+    let (outbox, inbox) = channel();
+    let wake = Arc::new(eventfd()?);
+    let mut event_loop = EventLoop::new()?;
+    let (devices, ports, mmio) = build_devices(config, &vm, &memory, &mut event_loop)?;
+    let surroundings = Surroundings {
+        ports: Arc::new(ports),
+        mmio: Arc::new(mmio),
+        ioapic: Arc::clone(&devices.ioapic),
+        ram: memory.ram().clone(),
+        outbox: outbox.clone(),
+        wake: Arc::clone(&wake),
+    };
+    let mut vcpus = Vec::new();
+    for id in 0..vcpu_count {
+        let vcpu = vm.create_vcpu(&supported, id, vcpu_count)?;
+        let power_on = vcpu.power_on(&kvm, entry, config.pmu)?;
+        let thread = VcpuThread::spawn(vcpu, id, surroundings.clone())
+            .map_err(MachineError::host("start a vCPU thread"))?;
+        vcpus.push((thread, power_on));
+    }
+    let host = HostInfoSource { kvm, pmu_absence: vm.pmu_absence() };
+    let (events_out, events) = channel();
+    let machine = Machine {
+        vcpus,
+        devices,
+        vm,
+        memory,
+        agent_command_line: agent_command_line(config),
+        life: 1,
+        reset_policy: config.reset_policy,
+        inbox,
+        wake: Arc::clone(&wake),
+        events: events_out,
+    };
+    start(machine, event_loop, outbox, events, host)
+}
+
+/// Moves the machine onto its event loop's thread.
+fn start(
+    machine: Machine,
+    event_loop: EventLoop,
+    commands: Sender<Message>,
+    events: std::sync::mpsc::Receiver<super::Event>,
+    host: HostInfoSource,
+) -> Result<Handle, MachineError> {
+    let wake = Arc::clone(&machine.wake);
+    let vsock = Arc::clone(&machine.devices.vsock);
+    let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
+    let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
+    let signals = interrupt_signals().map_err(MachineError::host("catch SIGINT and SIGTERM"))?;
+    let thread = std::thread::Builder::new()
+        .name("event-loop".into())
+        .spawn(move || event_loop.run(machine, signals))
+        .map_err(MachineError::host("start the event loop's thread"))?;
+    Ok(Handle { commands, wake, events, connector, vsock, console, host, thread: Some(thread) })
+}
+
+struct Built {
+    vm: Vm,
+    memory: Memory,
+    entry: Entry,
+}
+
+fn build_vm(
+    config: &Config,
+    kvm: &kvm_ioctls::Kvm,
+    kind: KvmKind,
+    vcpus: u8,
+) -> Result<Built, MachineError> {
+    let base = config.base_command_line();
+    let command_line = match config.payload {
+        Payload::Agent => life_command_line(&base, 1, Cause::PowerOn),
+        Payload::Kernel { .. } => base,
+    };
+    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
+        boot::load(ram, &config.payload, &command_line, vcpus)
+    })?;
+    let memory = Memory::map(&template)?;
+    let vm = Vm::new(kvm, kind, &memory, config.pmu)?;
+    Ok(Built { vm, memory, entry })
+}
+
+fn agent_command_line(config: &Config) -> Option<String> {
+    matches!(config.payload, Payload::Agent).then(|| config.base_command_line())
+}
+
+fn eventfd() -> Result<EventFd, MachineError> {
+    EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
+}
+
+/// A stream that becomes readable on SIGINT or SIGTERM.
+fn interrupt_signals() -> std::io::Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+    }
+    Ok(reader)
+}
+
+fn guest_cid() -> GuestCid {
+    GuestCid::new(GUEST_CID).expect("3 is no reserved context identifier")
+}
+
+type Buses = (Devices, Bus, Bus);
+
+/// Makes the devices, puts them on their buses and into the event loop.
+fn build_devices(
+    config: &Config,
+    vm: &Vm,
+    memory: &Memory,
+    event_loop: &mut EventLoop,
+) -> Result<Buses, MachineError> {
+    let ioapic = Arc::new(IoApic::new(Box::new(vm.irq_router())));
+    let vsock = Vsock::new(guest_cid(), config.vsock_path.as_deref())?;
+    let backend = vsock.backend_fd();
+    let queues = vsock.queue_max_sizes().len();
+    let pin = Pin::new(&ioapic, layout::VIRTIO_PIN);
+    let vsock = Arc::new(Mutex::new(Mmio::new(Box::new(vsock), memory.ram().clone(), pin)));
+    let queues = (0..queues).map(|_| eventfd()).collect::<Result<Vec<_>, _>>()?;
+    for (index, fd) in (0..).zip(&queues) {
+        vm.notify_on_write(layout::VIRTIO_MMIO_BASE + QUEUE_NOTIFY, index, fd)?;
+    }
+    event_loop.add_device(VirtioEvents { device: Arc::clone(&vsock), queues, backend });
+
+    let devices = Devices {
+        console: Arc::new(Mutex::new(Console::new(
+            Pin::new(&ioapic, layout::SERIAL_PIN),
+            config.console,
+        ))),
+        nmi_status: Arc::default(),
+        reset_control: Arc::default(),
+        vsock,
+        ioapic,
+    };
+    let mut ports = Bus::default();
+    ports.insert(layout::SERIAL_PORT.into(), 8, devices.console.clone());
+    ports.insert(layout::I8042_DATA_PORT.into(), 1, Arc::new(Mutex::new(I8042::Data)));
+    ports.insert(layout::NMI_STATUS_PORT.into(), 1, devices.nmi_status.clone());
+    ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
+    ports.insert(layout::RESET_CONTROL_PORT.into(), 1, devices.reset_control.clone());
+    ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
+    let mut mmio = Bus::default();
+    let ioapic = Arc::new(Mutex::new(Arc::clone(&devices.ioapic)));
+    mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic);
+    mmio.insert(layout::VIRTIO_MMIO_BASE, layout::VIRTIO_MMIO_SIZE, devices.vsock.clone());
+    Ok((devices, ports, mmio))
+}

@@ -1,0 +1,100 @@
+//! What a machine is made of, and which wishes cannot be fulfilled.
+
+use std::path::PathBuf;
+
+use kvm_ioctls::Kvm;
+
+use crate::boot::Payload;
+use crate::device::console::ConsoleOutput;
+use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::kvm::pmu::PmuPolicy;
+use crate::kvm::vm::max_vcpus;
+use crate::layout;
+
+/// vsock address of the guest: the first one that is not reserved (virtio 1.2, section 5.10.4).
+pub const GUEST_CID: u64 = 3;
+
+/// Smallest RAM, in MiB: boot data and a kernel need some.
+const MIN_MEM_MIB: u64 = 4;
+/// Largest RAM, in MiB (512 GiB).
+const MAX_MEM_MIB: u64 = 512 * 1024;
+
+/// What to do when the guest asks for a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetPolicy {
+    /// Reset in place, however often.
+    InPlace,
+    /// Reset in place this many times, then stop.
+    Limited(u32),
+}
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What it boots.
+    pub payload: Payload,
+    /// The user's part of the kernel command line.
+    pub command_line: String,
+    /// RAM in MiB.
+    pub mem_mib: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Performance counters.
+    pub pmu: PmuPolicy,
+    /// What to do when the guest asks for a reset.
+    pub reset_policy: ResetPolicy,
+    /// Where the console goes.
+    pub console: ConsoleOutput,
+    /// Unix socket for host clients of the guest's vsock ports.
+    pub vsock_path: Option<PathBuf>,
+}
+
+/// A wish that cannot be fulfilled.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Too little or too much RAM.
+    #[error("--mem {0} MiB is not between {MIN_MEM_MIB} and {MAX_MEM_MIB} MiB")]
+    Memory(u64),
+    /// No or too many vCPUs.
+    #[error("--vcpus {wanted} is not between 1 and {max}, the most that this KVM runs well")]
+    Vcpus {
+        /// The wish.
+        wanted: u32,
+        /// The limit.
+        max: u8,
+    },
+}
+
+impl Config {
+    /// The number of vCPUs, checked like everything else that only this host can tell.
+    pub(super) fn checked_vcpus(&self, kvm: &Kvm) -> Result<u8, ConfigError> {
+        if !(MIN_MEM_MIB..=MAX_MEM_MIB).contains(&self.mem_mib) {
+            return Err(ConfigError::Memory(self.mem_mib));
+        }
+        let max = max_vcpus(kvm);
+        match u8::try_from(self.vcpus) {
+            Ok(count) if (1..=max).contains(&count) => Ok(count),
+            _ => Err(ConfigError::Vcpus { wanted: self.vcpus, max }),
+        }
+    }
+
+    /// The command line without what changes from life to life: devices in Linux's syntax, and for the agent the ports by
+    /// which it resets the machine and turns it off.
+    pub(super) fn base_command_line(&self) -> String {
+        let mut words = Vec::new();
+        if !self.command_line.is_empty() {
+            words.push(self.command_line.clone());
+        }
+        words.push(format!(
+            "virtio_mmio.device=4K@{:#x}:{}",
+            layout::VIRTIO_MMIO_BASE,
+            layout::VIRTIO_PIN
+        ));
+        if matches!(self.payload, Payload::Agent) {
+            let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
+            words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
+            words.push(format!("agent.acpi_poweroff={power_off:#x}:{ACPI_POWER_OFF:#x}"));
+        }
+        words.join(" ")
+    }
+}

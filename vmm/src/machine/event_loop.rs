@@ -1,0 +1,162 @@
+//! The event loop: what wakes it and what it does then. Runs on a thread of its own and owns the machine.
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use agent_protocol::Cause;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Command, Event, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop};
+use crate::bus::Shared;
+use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::mmio::Mmio;
+
+type Subscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// The loop with everything that it serves.
+pub(super) struct EventLoop {
+    manager: EventManager<Subscriber>,
+    stopped: Arc<AtomicBool>,
+}
+
+impl EventLoop {
+    pub fn new() -> Result<Self, MachineError> {
+        let manager = EventManager::new().map_err(|error| MachineError::Host {
+            action: "create the event loop",
+            source: std::io::Error::other(error.to_string()),
+        })?;
+        Ok(Self { manager, stopped: Arc::default() })
+    }
+
+    pub fn add_device<D: VirtioDevice + 'static>(&mut self, device: VirtioEvents<D>) {
+        self.manager.add_subscriber(Box::new(device));
+    }
+
+    /// Serves `machine` until it stops.
+    pub fn run(mut self, machine: Machine, signals: UnixStream) {
+        let stopped = Arc::clone(&self.stopped);
+        self.manager.add_subscriber(Box::new(MachineEvents { machine, signals, stopped }));
+        while !self.stopped.load(Ordering::Relaxed) {
+            // An interrupted wait dispatches nothing and is not an error; anything else would repeat for ever.
+            if self.manager.run().is_err() {
+                break;
+            }
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
+    // Each descriptor is watched once, from `init`; epoll has no other reason to refuse it than lack of memory.
+    ops.add(Events::new(fd, EventSet::IN)).expect("watch a descriptor");
+}
+
+/// A virtio device in the event loop: an eventfd for each queue, and the device's back end.
+pub(super) struct VirtioEvents<D: VirtioDevice> {
+    pub device: Shared<Mmio<D>>,
+    pub queues: Vec<EventFd>,
+    pub backend: Option<RawFd>,
+}
+
+struct Backend(RawFd);
+
+impl AsRawFd for Backend {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.queues.iter().for_each(|fd| watch(ops, fd));
+        self.backend.iter().for_each(|fd| watch(ops, &Backend(*fd)));
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let mut mmio = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.backend == Some(events.fd()) {
+            mmio.device.handle_backend();
+            return;
+        }
+        for (index, fd) in (0..).zip(&self.queues) {
+            if fd.as_raw_fd() == events.fd() {
+                // Reading clears the count; how often the guest wrote does not matter.
+                let _ = fd.read();
+                mmio.notify(index);
+            }
+        }
+    }
+}
+
+/// The machine in its own event loop: messages from vCPUs and the handle, and signals.
+struct MachineEvents {
+    machine: Machine,
+    signals: UnixStream,
+    stopped: Arc<AtomicBool>,
+}
+
+impl MutEventSubscriber for MachineEvents {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &*self.machine.wake);
+        watch(ops, &self.signals);
+        self.machine.run_vcpus();
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let stop = if events.fd() == self.signals.as_raw_fd() {
+            // The byte says no more than that a signal came.
+            let _ = self.signals.read(&mut [0; 16]);
+            Some(Stop::Interrupted)
+        } else {
+            let _ = self.machine.wake.read();
+            self.machine.handle_messages()
+        };
+        if let Some(stop) = stop {
+            self.machine.park_vcpus();
+            let _ = self.machine.events.send(Event::Stopped(stop));
+            self.stopped.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Machine {
+    /// Handles what has come; the reason to stop, if one did.
+    fn handle_messages(&mut self) -> Option<Stop> {
+        while let Ok(message) = self.inbox.try_recv() {
+            let stop = match message {
+                Message::VcpuStopped(at, stop) => self.handle_vcpu_stop(at, stop),
+                Message::Command(Command::Reset) => self.reset_or_stop(Cause::Host, Instant::now()),
+                Message::Command(Command::Nmi) => {
+                    let delivered = self.vcpus.first().is_some_and(|(vcpu, _)| vcpu.inject_nmi());
+                    let _ = self.events.send(Event::Nmi { delivered });
+                    None
+                }
+                Message::Command(Command::Stop) => Some(Stop::Requested),
+            };
+            if stop.is_some() {
+                return stop;
+            }
+        }
+        None
+    }
+
+    fn handle_vcpu_stop(&mut self, at: Instant, stop: VcpuStop) -> Option<Stop> {
+        match stop {
+            VcpuStop::Reset(cause) => match self.reset_policy {
+                ResetPolicy::Limited(limit) if self.life > limit => Some(Stop::Reset(cause)),
+                ResetPolicy::InPlace | ResetPolicy::Limited(_) => self.reset_or_stop(cause, at),
+            },
+            VcpuStop::PowerOff => Some(Stop::PowerOff),
+            VcpuStop::Stuck(stuck) => Some(Stop::Stuck(stuck)),
+            VcpuStop::Failed(error) => Some(Stop::Failed(error.into())),
+        }
+    }
+
+    fn reset_or_stop(&mut self, cause: Cause, at: Instant) -> Option<Stop> {
+        self.reset(cause, at).err().map(Stop::Failed)
+    }
+}

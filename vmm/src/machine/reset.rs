@@ -1,0 +1,73 @@
+//! The reset in place: how a machine that has lived becomes one that has not.
+
+use std::time::Instant;
+
+use agent_protocol::Cause;
+
+use super::{Devices, Event, Machine, MachineError};
+use crate::boot;
+use crate::bus::Shared;
+
+impl Machine {
+    /// Resets the machine and lets it run its next life. The order is the content: each step relies on those before it.
+    ///
+    /// # Errors
+    /// [`MachineError`] if a step fails. The machine is then half of either life and must be dropped.
+    pub(super) fn reset(&mut self, cause: Cause, at: Instant) -> Result<(), MachineError> {
+        // 1. Nobody runs guest code, and no exit waits to be completed over restored registers.
+        self.park_vcpus();
+        // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
+        self.devices.reset();
+        // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
+        for (thread, power_on) in &self.vcpus {
+            thread.vcpu().reset(power_on)?;
+        }
+        self.vm.reset_clock()?;
+        // 4. With nobody left to write to it, RAM is the template again.
+        self.memory.restore()?;
+        // 5. A new life, which may know its number and its cause.
+        self.life += 1;
+        if let Some(base) = &self.agent_command_line {
+            boot::write_command_line(
+                self.memory.ram(),
+                &life_command_line(base, self.life, cause),
+            )?;
+        }
+        // The listener learns of it first: it may want to connect while the guest boots.
+        let _ = self.events.send(Event::Reset { life: self.life, cause, at });
+        self.run_vcpus();
+        Ok(())
+    }
+
+    /// Stops all vCPUs: asks all, then waits for each.
+    pub(super) fn park_vcpus(&self) {
+        self.vcpus.iter().for_each(|(thread, _)| thread.request_park());
+        self.vcpus.iter().for_each(|(thread, _)| thread.wait_parked());
+    }
+
+    /// Lets all vCPUs run.
+    pub(super) fn run_vcpus(&self) {
+        self.vcpus.iter().for_each(|(thread, _)| thread.run());
+    }
+}
+
+impl Devices {
+    /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
+    fn reset(&self) {
+        lock(&self.vsock).reset();
+        lock(&self.console).reset();
+        lock(&self.nmi_status).reset();
+        *lock(&self.reset_control) = Default::default();
+        self.ioapic.reset();
+    }
+}
+
+fn lock<D>(device: &Shared<D>) -> std::sync::MutexGuard<'_, D> {
+    // vCPUs are parked; a panic under the lock has ended the process already or failed a test.
+    device.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The agent's command line in life `life`.
+pub(super) fn life_command_line(base: &str, life: u32, cause: Cause) -> String {
+    format!("{base} agent.life={life} agent.cause={cause}")
+}

@@ -1,0 +1,311 @@
+//! The thread of one vCPU: runs guest code, answers its accesses, parks when told to or when the guest wants something
+//! that only the machine can do.
+
+use std::io;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::{GuestStuck, Message, StuckReason, VcpuStop};
+use crate::bus::{Bus, Effect};
+use crate::device::ioapic::IoApic;
+use crate::kvm::KvmError;
+use crate::kvm::vcpu::{Exit, Vcpu, VcpuCell};
+use crate::memory::GuestRam;
+
+/// What a vCPU thread needs of its machine.
+#[derive(Clone)]
+pub(super) struct Surroundings {
+    pub ports: Arc<Bus>,
+    pub mmio: Arc<Bus>,
+    pub ioapic: Arc<IoApic>,
+    pub ram: GuestRam,
+    pub outbox: Sender<Message>,
+    pub wake: Arc<EventFd>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Run,
+    Park,
+    End,
+}
+
+/// What to do about an NMI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NmiOrder {
+    None,
+    /// Queue one before the next entry.
+    Queue,
+    /// Done; true if the guest had its NMI pin connected.
+    Done(bool),
+}
+
+#[derive(Debug)]
+struct State {
+    order: Order,
+    /// True while the thread waits and guest code does not run.
+    parked: bool,
+    nmi: NmiOrder,
+}
+
+#[derive(Debug)]
+struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Plain values; a panic elsewhere leaves them whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A vCPU and its thread. Starts parked.
+pub(super) struct VcpuThread {
+    cell: Arc<VcpuCell>,
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    pub fn spawn(vcpu: Vcpu, id: u8, surroundings: Surroundings) -> io::Result<Self> {
+        install_kick_handler();
+        let cell = Arc::new(VcpuCell::new(vcpu));
+        let state = State { order: Order::Park, parked: true, nmi: NmiOrder::None };
+        let control = Arc::new(Control { state: Mutex::new(state), changed: Condvar::new() });
+        let runner = Runner { id, cell: cell.clone(), control: control.clone(), surroundings };
+        let thread =
+            std::thread::Builder::new().name(format!("vcpu{id}")).spawn(|| runner.main())?;
+        Ok(Self { cell, control, thread: Some(thread) })
+    }
+
+    /// Lets the vCPU run.
+    pub fn run(&self) {
+        let mut state = self.control.lock();
+        state.order = Order::Run;
+        state.parked = false;
+        self.control.changed.notify_all();
+    }
+
+    /// Asks the vCPU to park; [`VcpuThread::wait_parked`] waits for it.
+    pub fn request_park(&self) {
+        self.control.lock().order = Order::Park;
+        self.kick();
+    }
+
+    /// Waits until the vCPU is parked and has no exit to complete. Bounded by the time of one exit, since the kick is
+    /// reliable.
+    pub fn wait_parked(&self) {
+        let mut state = self.control.lock();
+        while !state.parked {
+            state = self.control.wait(state);
+        }
+    }
+
+    /// The parked vCPU.
+    pub fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
+        self.cell.lock()
+    }
+
+    /// Queues an NMI and says whether the guest had its NMI pin connected.
+    pub fn inject_nmi(&self) -> bool {
+        self.control.lock().nmi = NmiOrder::Queue;
+        self.kick();
+        let mut state = self.control.lock();
+        while state.nmi == NmiOrder::Queue && !state.parked {
+            state = self.control.wait(state);
+        }
+        // A vCPU that parked instead drops it: its machine is about to be reset or to end.
+        std::mem::replace(&mut state.nmi, NmiOrder::None) == NmiOrder::Done(true)
+    }
+
+    /// Flag first, then the signal: whichever side of `KVM_RUN`'s entry the vCPU is on, one of them gets it out.
+    fn kick(&self) {
+        self.cell.request_exit();
+        if let Some(thread) = &self.thread {
+            // Fails only if the thread has ended, and then it runs no guest code.
+            let _ = thread.kill(kick_signal());
+        }
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.control.lock().order = Order::End;
+        self.control.changed.notify_all();
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// The signal has to interrupt `KVM_RUN`, so it needs a handler; the handler has nothing to do.
+fn install_kick_handler() {
+    extern "C" fn ignore(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        register_signal_handler(kick_signal(), ignore).expect("a real-time signal takes a handler");
+    });
+}
+
+/// What ended a stretch of running.
+enum Pause {
+    /// Somebody wants attention: look at the orders.
+    Kicked,
+    /// The machine has to act.
+    Stop(VcpuStop),
+}
+
+struct Runner {
+    id: u8,
+    cell: Arc<VcpuCell>,
+    control: Arc<Control>,
+    surroundings: Surroundings,
+}
+
+impl Runner {
+    fn main(self) {
+        while let Some(nmi) = self.next_entry() {
+            let mut vcpu = self.cell.lock();
+            let queued = if nmi == NmiOrder::Queue { self.queue_nmi(&vcpu) } else { Ok(()) };
+            let pause = match queued {
+                Ok(()) => self.run(&mut vcpu),
+                Err(error) => Pause::Stop(VcpuStop::Failed(error)),
+            };
+            if let Pause::Stop(stop) = pause {
+                let at = Instant::now();
+                let stop = match self.complete_exit(&mut vcpu) {
+                    Ok(()) => stop,
+                    Err(error) => VcpuStop::Failed(error),
+                };
+                drop(vcpu);
+                self.control.lock().order = Order::Park;
+                let message = Message::VcpuStopped(at, stop);
+                if self.surroundings.outbox.send(message).is_ok() {
+                    let _ = self.surroundings.wake.write(1);
+                }
+            }
+        }
+    }
+
+    /// Waits for the order to run and says what is to be queued first; `None` is the order to end.
+    fn next_entry(&self) -> Option<NmiOrder> {
+        // Before the look at the orders: a kick that comes after it stays raised for the next entry.
+        self.cell.allow_entry();
+        let mut state = self.control.lock();
+        loop {
+            match state.order {
+                Order::End => return None,
+                Order::Run => return Some(state.nmi),
+                Order::Park => {
+                    state.parked = true;
+                    self.control.changed.notify_all();
+                    state = self.control.wait(state);
+                }
+            }
+        }
+    }
+
+    fn queue_nmi(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
+        let queued = vcpu.inject_nmi()?;
+        self.control.lock().nmi = NmiOrder::Done(queued);
+        self.control.changed.notify_all();
+        Ok(())
+    }
+
+    /// Runs guest code until it needs more than a device.
+    fn run(&self, vcpu: &mut Vcpu) -> Pause {
+        loop {
+            let effect = match vcpu.run() {
+                Ok(Exit::Kicked) => return Pause::Kicked,
+                Ok(Exit::TripleFault) => {
+                    return Pause::Stop(VcpuStop::Reset(agent_protocol::Cause::Triple));
+                }
+                Ok(Exit::InternalError) => {
+                    let reason = StuckReason::InternalError(vcpu.suberror());
+                    return self.stuck(vcpu, reason);
+                }
+                Ok(Exit::FailEntry(reason)) => {
+                    return self.stuck(vcpu, StuckReason::FailEntry(reason));
+                }
+                Ok(Exit::Unexpected(exit)) => {
+                    return self.stuck(vcpu, StuckReason::Unexpected(exit));
+                }
+                Ok(access) => self.surroundings.answer(access),
+                Err(error) => return Pause::Stop(VcpuStop::Failed(error)),
+            };
+            match effect {
+                Effect::None => {}
+                Effect::Reset(reset) => return Pause::Stop(VcpuStop::Reset(reset.into())),
+                Effect::PowerOff => return Pause::Stop(VcpuStop::PowerOff),
+            }
+        }
+    }
+
+    fn stuck(&self, vcpu: &Vcpu, reason: StuckReason) -> Pause {
+        let (rip, bytes) = vcpu.bytes_at_rip(&self.surroundings.ram);
+        Pause::Stop(VcpuStop::Stuck(GuestStuck { reason, vcpu: self.id, rip, bytes }))
+    }
+
+    /// Lets KVM finish the instruction that caused the last exit, without running another: a restore of registers would
+    /// otherwise be overwritten by the rest of it.
+    fn complete_exit(&self, vcpu: &mut Vcpu) -> Result<(), KvmError> {
+        /// An access is split into at most two by a page boundary.
+        const MOST_FRAGMENTS: u32 = 4;
+        self.cell.request_exit();
+        for _ in 0..MOST_FRAGMENTS {
+            if vcpu.run()? == Exit::Kicked {
+                break;
+            }
+        }
+        self.cell.allow_entry();
+        Ok(())
+    }
+}
+
+impl Surroundings {
+    /// Answers an access of the guest.
+    fn answer(&self, access: Exit<'_>) -> Effect {
+        match access {
+            Exit::PortRead(port, data) => {
+                data.chunks_mut(1).for_each(|byte| self.ports.read(u64::from(port), byte));
+                Effect::None
+            }
+            Exit::PortWrite(port, data) => data
+                .chunks(1)
+                .map(|byte| self.ports.write(u64::from(port), byte))
+                .find(|effect| *effect != Effect::None)
+                .unwrap_or(Effect::None),
+            Exit::MmioRead(address, data) => {
+                self.mmio.read(address, data);
+                Effect::None
+            }
+            Exit::MmioWrite(address, data) => self.mmio.write(address, data),
+            Exit::EndOfInterrupt(vector) => {
+                self.ioapic.end_of_interrupt(vector);
+                Effect::None
+            }
+            // Not accesses; `Runner::run` has dealt with them.
+            Exit::Kicked
+            | Exit::TripleFault
+            | Exit::InternalError
+            | Exit::FailEntry(_)
+            | Exit::Unexpected(_) => Effect::None,
+        }
+    }
+}
