@@ -1,0 +1,217 @@
+//! The host's side of the conversation with a guest agent: one request, one reply, each bounded in length and time.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use agent_protocol::frame::{self, FrameError};
+use agent_protocol::{GuestReset, Hello, PROTOCOL_VERSION, Reply, Report, Request};
+use serde::de::DeserializeOwned;
+
+/// Why a conversation ended. A guest can cause all but [`AgentError::Io`].
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The guest or its machine closed the connection.
+    #[error("the agent closed the connection")]
+    Closed,
+    /// Nothing came in time.
+    #[error("the agent did not answer within {0:?}")]
+    Timeout(Duration),
+    /// Bytes that are no frame.
+    #[error("the agent sent a broken frame")]
+    Frame(#[from] FrameError),
+    /// Another version.
+    #[error("the agent speaks protocol version {0}, not {PROTOCOL_VERSION}")]
+    Version(u16),
+    /// A reply to another question.
+    #[error("the agent answered {0}")]
+    Unexpected(String),
+    /// The host's own end failed.
+    #[error("talk to the agent")]
+    Io(#[source] io::Error),
+}
+
+/// A connection to an agent that has said hello.
+#[derive(Debug)]
+pub struct Agent {
+    stream: UnixStream,
+    received: Vec<u8>,
+    timeout: Duration,
+    hello: Hello,
+}
+
+impl Agent {
+    /// Waits for the agent's hello on `stream`. `timeout` bounds this and each later answer.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn greet(stream: UnixStream, timeout: Duration) -> Result<Self, AgentError> {
+        let hello = Hello { version: 0, life: 0, tsc_entry: 0, tsc_ready: 0 };
+        let mut agent = Self { stream, received: Vec::new(), timeout, hello };
+        agent.hello = agent.receive()?;
+        match agent.hello.version {
+            PROTOCOL_VERSION => Ok(agent),
+            other => Err(AgentError::Version(other)),
+        }
+    }
+
+    /// What the agent said first.
+    pub fn hello(&self) -> Hello {
+        self.hello
+    }
+
+    /// Asks for the report of this life.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn report(&mut self) -> Result<Report, AgentError> {
+        match self.ask(&Request::GetReport)? {
+            Reply::Report(report) => Ok(report),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends `bytes` there and back.
+    ///
+    /// # Errors
+    /// [`AgentError`]; [`FrameError::TooLong`] for more than a frame holds.
+    pub fn echo(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>, AgentError> {
+        match self.ask(&Request::Echo(bytes))? {
+            Reply::Echo(bytes) => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest send itself an NMI; true if its handler saw it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn nmi_self_test(&mut self) -> Result<bool, AgentError> {
+        match self.ask(&Request::NmiSelfTest)? {
+            Reply::NmiSelfTest { delivered } => Ok(delivered),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest reset its machine. The conversation ends with its life.
+    ///
+    /// # Errors
+    /// [`AgentError`] if the request could not be sent.
+    pub fn reset(&mut self, reset: GuestReset) -> Result<(), AgentError> {
+        self.send(&Request::Reset(reset))
+    }
+
+    /// Has the guest turn its machine off.
+    ///
+    /// # Errors
+    /// [`AgentError`] if the request could not be sent.
+    pub fn power_off(&mut self) -> Result<(), AgentError> {
+        self.send(&Request::PowerOff)
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Reply, AgentError> {
+        self.send(request)?;
+        self.receive()
+    }
+
+    fn send(&mut self, request: &Request) -> Result<(), AgentError> {
+        let bytes = frame::encode(request)?;
+        self.stream.set_write_timeout(Some(self.timeout)).map_err(AgentError::Io)?;
+        self.stream.write_all(&bytes).map_err(|error| self.classify(error))
+    }
+
+    fn receive<T: DeserializeOwned>(&mut self) -> Result<T, AgentError> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            if let Some((message, taken)) = frame::decode(&self.received)? {
+                self.received.drain(..taken);
+                return Ok(message);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(AgentError::Timeout(self.timeout));
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(AgentError::Io)?;
+            // `decode` refuses frames over its limit, so this buffer stays below that limit and one read.
+            let mut chunk = [0; 16 * 1024];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(AgentError::Closed),
+                Ok(count) => self.received.extend_from_slice(&chunk[..count]),
+                Err(error) => match self.classify(error) {
+                    AgentError::Io(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+    }
+
+    fn classify(&self, error: io::Error) -> AgentError {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                AgentError::Timeout(self.timeout)
+            }
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => AgentError::Closed,
+            _ => AgentError::Io(error),
+        }
+    }
+}
+
+fn unexpected(reply: &Reply) -> AgentError {
+    AgentError::Unexpected(match reply {
+        Reply::Report(_) => "with a report".into(),
+        Reply::Pong(_) => "with a pong".into(),
+        Reply::Echo(_) => "with an echo".into(),
+        Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
+        Reply::Refused(why) => format!("that it refuses: {why}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(200);
+
+    fn hello(version: u16) -> Vec<u8> {
+        frame::encode(&Hello { version, life: 1, tsc_entry: 5, tsc_ready: 9 }).unwrap()
+    }
+
+    fn greeted_with(bytes: &[u8], close: bool) -> Result<Agent, AgentError> {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        guest.write_all(bytes).unwrap();
+        let _open = (!close).then_some(guest);
+        Agent::greet(host, SOON)
+    }
+
+    #[test]
+    fn an_agent_greets_with_its_version() {
+        let agent = greeted_with(&hello(PROTOCOL_VERSION), false).unwrap();
+        assert_eq!(agent.hello().tsc_entry, 5);
+    }
+
+    #[test]
+    fn a_bad_greeting_is_told_apart() {
+        let check = |bytes: &[u8], close, expected: &str| {
+            let error = greeted_with(bytes, close).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+        };
+        check(&hello(7), false, "version 7");
+        check(&[], true, "closed the connection");
+        check(&[], false, "did not answer");
+        check(&hello(1)[..5], false, "did not answer");
+        check(&hello(1)[..5], true, "closed the connection");
+        check(&[0xff; 8], false, "broken frame");
+    }
+
+    #[test]
+    fn a_reply_to_another_question_is_an_error() {
+        let (host, mut guest) = UnixStream::pair().unwrap();
+        guest.write_all(&hello(PROTOCOL_VERSION)).unwrap();
+        guest.write_all(&frame::encode(&Reply::Refused("busy".into())).unwrap()).unwrap();
+        let mut agent = Agent::greet(host, SOON).unwrap();
+        assert_eq!(
+            agent.report().unwrap_err().to_string(),
+            "the agent answered that it refuses: busy"
+        );
+    }
+}

@@ -1,0 +1,55 @@
+//! The command line. One file for each subcommand; flags become plain data here and touch nothing.
+
+mod agent;
+mod run;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+
+/// What the process's exit status says.
+pub mod exit {
+    /// The machine is clean, or a guest of the user's ended by turning the machine off.
+    pub const CLEAN: u8 = 0;
+    /// The verdict has findings.
+    pub const FINDINGS: u8 = 1;
+    /// Wrong usage, or the host failed.
+    pub const USAGE_OR_HOST: u8 = 2;
+    /// A guest of the user's asked for a reset beyond `--resets`.
+    pub const GUEST_RESET: u8 = 3;
+    /// A guest of the user's died of a triple fault beyond `--resets`.
+    pub const GUEST_TRIPLE_FAULT: u8 = 4;
+    /// KVM cannot run the guest any further.
+    pub const GUEST_STUCK: u8 = 5;
+    /// SIGINT or SIGTERM.
+    pub const INTERRUPTED: u8 = 130;
+}
+
+/// A microVM monitor that resets its machine in place and proves that nothing was left behind.
+#[derive(Debug, Parser)]
+#[command(name = "cleanslate", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::Arguments>),
+    Agent(agent::Arguments),
+}
+
+/// A failure that ends the program with [`exit::USAGE_OR_HOST`].
+pub type Error = Box<dyn std::error::Error>;
+
+/// Parses the command line and does what it says. `started` is when the process began.
+///
+/// # Errors
+/// Wrong usage that only shows when tried, and failures of the host.
+pub fn main(started: Instant) -> Result<ExitCode, Error> {
+    match Arguments::parse().command {
+        Command::Run(arguments) => run::main(*arguments, started),
+        Command::Agent(arguments) => agent::main(arguments),
+    }
+}

@@ -1,0 +1,50 @@
+//! `cleanslate agent`: the embedded guest agent as a file.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use super::Error;
+
+/// Get the guest agent out of this program
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Write the agent's ELF image to a file, for any monitor that boots PVH kernels
+    ///
+    /// With agent.report=serial on its command line it prints its report as one line of JSON on the first serial port:
+    ///
+    ///   cleanslate agent export agent.elf
+    ///   qemu-system-x86_64 -M microvm -accel tcg -cpu max -display none -serial stdio -kernel agent.elf -append agent.report=serial
+    #[command(verbatim_doc_comment)]
+    Export {
+        /// Where to write it; an existing file is not overwritten
+        path: PathBuf,
+    },
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("write agent image {path:?}")]
+struct WriteError {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+pub(super) fn main(arguments: Arguments) -> Result<ExitCode, Error> {
+    let Command::Export { path } = arguments.command;
+    let result = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .and_then(|mut file| file.write_all(images::AGENT));
+    result.map_err(|source| WriteError { path, source })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,203 @@
+//! What `run` prints: a row for each life, or a summary of many, and the verdict; or all of it as one JSON object.
+//!
+//! Lives are printed or counted as they end, so that a long run needs no more memory than a short one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+use agent_protocol::PmuStatus;
+use serde::Serialize;
+
+use crate::kvm::host::HostInfo;
+use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
+use crate::machine::{GuestStats, Handle};
+use crate::verify::{Expectations, Finding, Life};
+
+/// Above this many resets the table has a row for each cause instead of each life.
+const MOST_ROWS: u32 = 24;
+
+/// What `run --json` prints besides the lives.
+#[derive(Debug, Serialize)]
+pub(super) struct Summary<'a> {
+    verdict: &'static str,
+    findings: &'a [Finding],
+    host: HostInfo,
+    pmu: Pmu,
+    guest: GuestStats,
+    /// Findings that this host cannot show, with the reason.
+    unchecked: Vec<(&'static str, &'static str)>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pmu {
+    policy: PmuPolicy,
+    /// What made it absent.
+    absence: PmuAbsence,
+}
+
+impl<'a> Summary<'a> {
+    pub fn new(machine: &Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
+        Self {
+            verdict: if findings.is_empty() { "clean" } else { "findings" },
+            findings,
+            host: machine.host_info(),
+            pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence() },
+            guest: machine.guest_stats(),
+            unchecked: expectations.unchecked(),
+        }
+    }
+}
+
+/// Prints while the machine lives and at the end.
+pub(super) struct Output {
+    json: bool,
+    resets: u32,
+    /// Where progress goes, if anybody watches.
+    progress: bool,
+    lives: u32,
+    causes: BTreeMap<&'static str, Tally>,
+}
+
+/// The lives of one cause.
+#[derive(Default)]
+struct Tally {
+    pmu: BTreeSet<&'static str>,
+    nmis: u64,
+    hello_us: Vec<u64>,
+}
+
+impl Output {
+    pub fn new(json: bool, resets: u32) -> Self {
+        let progress = resets > MOST_ROWS && io::stderr().is_terminal();
+        Self { json, resets, progress, lives: 0, causes: BTreeMap::new() }
+    }
+
+    /// A life is over.
+    pub fn life(&mut self, life: &Life) {
+        self.lives += 1;
+        if self.progress {
+            let total = u64::from(self.resets) + 1;
+            let _ = write!(io::stderr(), "\rlife {} of {total}", life.life);
+        }
+        if self.json {
+            self.json_life(life);
+        } else if self.resets > MOST_ROWS {
+            self.count(life);
+        } else {
+            self.row(life);
+        }
+    }
+
+    fn json_life(&self, life: &Life) {
+        let before = if self.lives == 1 { "{\"lives\":[" } else { "," };
+        // The types have string keys and no maps, so serializing cannot fail.
+        print(&format!("{before}{}", serde_json::to_string(life).unwrap_or_default()));
+    }
+
+    fn count(&mut self, life: &Life) {
+        let tally = self.causes.entry(life.cause.name()).or_default();
+        tally.pmu.insert(pmu_word(life));
+        tally.nmis += u64::from(life.report.as_ref().map_or(0, |report| report.nmi.total));
+        tally.hello_us.extend(life.hello_us);
+    }
+
+    fn row(&self, life: &Life) {
+        let header = match self.lives {
+            1 => "life  cause     pmu           nmis  hello\n",
+            _ => "",
+        };
+        let nmis = life.report.as_ref().map_or("-".into(), |report| report.nmi.total.to_string());
+        let hello = life.hello_us.map_or("-".into(), milliseconds);
+        let (number, cause, pmu) = (life.life, life.cause.name(), pmu_word(life));
+        print(&format!("{header}{number:>4}  {cause:<8}  {pmu:<12}  {nmis:>4}  {hello}\n"));
+    }
+
+    pub fn interrupted(&self) {
+        self.clear_progress();
+        if self.json && self.lives > 0 {
+            print("],\"verdict\":null}\n");
+        }
+        let _ = writeln!(io::stderr(), "cleanslate: interrupted");
+    }
+
+    /// The verdict.
+    pub fn finish(&self, summary: &Summary) -> io::Result<()> {
+        self.clear_progress();
+        if self.json {
+            // The summary is an object of its own; its fields join those of the object that the lives began.
+            let rest = serde_json::to_string(summary)?;
+            print(&format!("],{}\n", &rest[1..]));
+            return Ok(());
+        }
+        let mut text = self.table_by_cause();
+        for Finding { name, life, detail } in summary.findings {
+            let _ = writeln!(text, "finding in life {life}: {name}: {detail}");
+        }
+        let lives = plural(self.lives as usize, "life", "lives");
+        let _ = match summary.findings.len() {
+            0 => writeln!(text, "clean: {lives}, no findings"),
+            count => writeln!(text, "not clean: {lives}, {}", plural(count, "finding", "findings")),
+        };
+        print(&text);
+        Ok(())
+    }
+
+    /// A row for each cause: how many lives, which PMU states, how many NMIs, and the distribution of the times to hello.
+    fn table_by_cause(&self) -> String {
+        let mut text = String::new();
+        if !self.causes.is_empty() {
+            text.push_str("cause     lives  pmu           nmis  hello p50  p99        max\n");
+        }
+        for (cause, Tally { pmu, nmis, hello_us }) in &self.causes {
+            let mut times = hello_us.clone();
+            times.sort_unstable();
+            let at = |percent: usize| {
+                let index = (times.len() * percent / 100).min(times.len().saturating_sub(1));
+                times.get(index).map_or("-".into(), |us| milliseconds(*us))
+            };
+            let pmu: Vec<_> = pmu.iter().copied().collect();
+            let _ = writeln!(
+                text,
+                "{cause:<8}  {:>5}  {:<12}  {nmis:>4}  {:<9}  {:<9}  {}",
+                times.len(),
+                pmu.join("/"),
+                at(50),
+                at(99),
+                at(100),
+            );
+        }
+        text
+    }
+
+    fn clear_progress(&self) {
+        if self.progress {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+fn plural(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
+/// Writes to stdout. A reader that went away, as `head` does, is no error of ours.
+fn print(text: &str) {
+    let mut stdout = io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+}
+
+fn pmu_word(life: &Life) -> &'static str {
+    match life.report.as_ref().map(|report| &report.pmu.status) {
+        None => "-",
+        Some(PmuStatus::Absent) => "absent",
+        Some(PmuStatus::Present { .. }) => "present",
+        Some(PmuStatus::BrokenBios { .. }) => "broken-bios",
+        Some(PmuStatus::Broken) => "broken",
+        Some(PmuStatus::PresentDead) => "present-dead",
+    }
+}
+
+fn milliseconds(us: u64) -> String {
+    format!("{}.{:02} ms", us / 1000, us % 1000 / 10)
+}

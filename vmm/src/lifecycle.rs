@@ -1,0 +1,237 @@
+//! Leads a machine with an agent through its lives: hello, report, reset, and again.
+
+use std::time::{Duration, Instant};
+
+use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
+
+use crate::agent::{Agent, AgentError};
+use crate::device::vsock::GuestPort;
+use crate::machine::{Event, Handle, MachineError, Stop};
+use crate::verify::{Failure, FailureKind, Life};
+
+/// What to do with a machine.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// How many resets.
+    pub resets: u32,
+    /// By which causes, in turn. Not empty if there are resets; [`Cause::PowerOn`] is none.
+    pub causes: Vec<Cause>,
+    /// NMIs to inject into the first life.
+    pub nmis: u32,
+    /// How long to wait for each answer.
+    pub timeout: Duration,
+}
+
+/// Why a machine did not get to the end of its plan, apart from what its lives tell.
+#[derive(Debug, thiserror::Error)]
+pub enum LifecycleError {
+    /// SIGINT or SIGTERM.
+    #[error("interrupted")]
+    Interrupted,
+    /// NMIs were wanted but the guest has disconnected its NMI pin.
+    #[error("the guest has masked the NMI pin of its local APIC (LINT1), so no NMI was injected")]
+    NmiMasked,
+    /// The monitor's own failure.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The host's end of the conversation failed.
+    #[error(transparent)]
+    Agent(AgentError),
+}
+
+/// Leads `machine` through `plan`, handing each life to `on_life` when its report is in. Ends early with a life that has
+/// no report. `started` is when the first life's clock began.
+///
+/// # Errors
+/// [`LifecycleError`]; what a guest does is no error but a [`Failure`] of its life.
+pub fn lead(
+    machine: &Handle,
+    plan: &Plan,
+    started: Instant,
+    mut on_life: impl FnMut(&Life),
+) -> Result<(), LifecycleError> {
+    let mut causes = plan.causes.iter().copied().cycle().take(plan.resets as usize);
+    let mut current = Beginning { life: 1, cause: Cause::PowerOn, at: started };
+    loop {
+        let (life, next) = Leader { machine, plan }.live(current, causes.next())?;
+        on_life(&life);
+        match next {
+            Some(next) => current = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// When and why a life began.
+#[derive(Clone, Copy)]
+struct Beginning {
+    life: u32,
+    cause: Cause,
+    at: Instant,
+}
+
+struct Leader<'a> {
+    machine: &'a Handle,
+    plan: &'a Plan,
+}
+
+/// A life that went wrong, or an end of everything.
+enum Trouble {
+    Life(Failure),
+    End(LifecycleError),
+}
+
+impl From<LifecycleError> for Trouble {
+    fn from(error: LifecycleError) -> Self {
+        Self::End(error)
+    }
+}
+
+impl Leader<'_> {
+    /// One life from its beginning to the reset by `cause`, or to its end if there is none.
+    fn live(
+        &self,
+        Beginning { life, cause, at }: Beginning,
+        reset: Option<Cause>,
+    ) -> Result<(Life, Option<Beginning>), LifecycleError> {
+        let mut record = Life { life, cause, hello_us: None, report: None, failure: None };
+        match self.live_through(&mut record, at, reset) {
+            Ok(next) => Ok((record, next)),
+            Err(Trouble::Life(failure)) => {
+                record.failure = Some(failure);
+                Ok((record, None))
+            }
+            Err(Trouble::End(error)) => Err(error),
+        }
+    }
+
+    fn live_through(
+        &self,
+        record: &mut Life,
+        began: Instant,
+        reset: Option<Cause>,
+    ) -> Result<Option<Beginning>, Trouble> {
+        let mut agent = self.hello()?;
+        record.hello_us = Some(began.elapsed().as_micros() as u64);
+        if record.life == 1 {
+            for _ in 0..self.plan.nmis {
+                self.inject_nmi()?;
+            }
+        }
+        record.report = Some(self.report(&mut agent)?);
+        match reset {
+            Some(cause) => self.reset(&mut agent, cause).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn hello(&self) -> Result<Agent, Trouble> {
+        let stream = self
+            .machine
+            .connect(GuestPort(AGENT_PORT))
+            .map_err(|error| LifecycleError::Agent(AgentError::Io(error)))?;
+        Agent::greet(stream, self.plan.timeout).map_err(|e| self.explain(e, FailureKind::NoHello))
+    }
+
+    fn report(&self, agent: &mut Agent) -> Result<Report, Trouble> {
+        agent.report().map_err(|error| self.explain(error, FailureKind::NoReport))
+    }
+
+    fn inject_nmi(&self) -> Result<(), Trouble> {
+        self.machine.inject_nmi();
+        match self.machine.next_event(self.plan.timeout) {
+            Some(Event::Nmi { delivered: true }) => Ok(()),
+            Some(Event::Nmi { delivered: false }) => Err(LifecycleError::NmiMasked.into()),
+            Some(event) => Err(self.unexpected(event)),
+            None => Err(self.failure(FailureKind::NoReport, "the vCPU took no NMI".into())),
+        }
+    }
+
+    fn reset(&self, agent: &mut Agent, cause: Cause) -> Result<Beginning, Trouble> {
+        match guest_reset(cause) {
+            None => self.machine.reset(),
+            Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
+        }
+        match self.machine.next_event(self.plan.timeout) {
+            Some(Event::Reset { life, cause: found, at }) if found == cause => {
+                Ok(Beginning { life, cause, at })
+            }
+            Some(event) => Err(self.unexpected(event)),
+            None => Err(self.failure(
+                FailureKind::NoReset,
+                format!(
+                    "no reset within {:?} after one by {cause} was asked for",
+                    self.plan.timeout
+                ),
+            )),
+        }
+    }
+
+    /// Why the conversation broke: often the machine knows better than the connection.
+    fn explain(&self, error: AgentError, kind: FailureKind) -> Trouble {
+        /// The event loop tells the cause right after the connection died.
+        const EVENT_DELAY: Duration = Duration::from_secs(1);
+        match error {
+            AgentError::Io(_) => Trouble::End(LifecycleError::Agent(error)),
+            AgentError::Closed => match self.machine.next_event(EVENT_DELAY) {
+                Some(event) => self.unexpected(event),
+                None => self.failure(kind, chain(&error)),
+            },
+            _ => match self.machine.next_event(Duration::ZERO) {
+                Some(event) => self.unexpected(event),
+                None => self.failure(kind, chain(&error)),
+            },
+        }
+    }
+
+    fn unexpected(&self, event: Event) -> Trouble {
+        match event {
+            Event::Reset { cause, .. } => {
+                let detail = format!("a reset by {cause} that nobody asked for");
+                self.failure(FailureKind::UnexpectedReset, detail)
+            }
+            Event::Stopped(Stop::Interrupted) => LifecycleError::Interrupted.into(),
+            Event::Stopped(Stop::Failed(error)) => LifecycleError::Machine(error).into(),
+            Event::Stopped(Stop::Stuck(stuck)) => {
+                self.failure(FailureKind::GuestStopped, stuck.to_string())
+            }
+            Event::Stopped(Stop::PowerOff) => {
+                self.failure(FailureKind::GuestStopped, "the guest turned the machine off".into())
+            }
+            Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi { .. } => {
+                self.failure(FailureKind::GuestStopped, "the machine stopped".into())
+            }
+        }
+    }
+
+    fn failure(&self, kind: FailureKind, what: String) -> Trouble {
+        const TAIL_LINES: usize = 8;
+        let console = self.machine.console().last_lines(TAIL_LINES);
+        let detail = match console.as_slice() {
+            [] => format!("{what}; the console is silent"),
+            lines => format!("{what}; the console ends with: {}", lines.join(" | ")),
+        };
+        Trouble::Life(Failure { kind, detail })
+    }
+}
+
+fn guest_reset(cause: Cause) -> Option<GuestReset> {
+    match cause {
+        Cause::PowerOn | Cause::Host => None,
+        Cause::I8042 => Some(GuestReset::I8042),
+        Cause::Cf9 => Some(GuestReset::Cf9),
+        Cause::Acpi => Some(GuestReset::Acpi),
+        Cause::Triple => Some(GuestReset::Triple),
+    }
+}
+
+/// An error and its sources, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,252 @@
+//! The verdict: what the policy, a life's report and the one before it say about the reset between them.
+
+mod dmesg;
+
+use agent_protocol::{Cause, PmuStatus, Report};
+use serde::Serialize;
+
+use crate::kvm::host::KvmKind;
+use crate::kvm::pmu::PmuPolicy;
+
+/// One life of a machine, as host and agent saw it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Life {
+    /// Number; the first is 1.
+    pub life: u32,
+    /// Why it began.
+    pub cause: Cause,
+    /// Microseconds to the agent's hello: from the start of the process in life 1, from the reset's cause later. None if the
+    /// agent never said hello.
+    pub hello_us: Option<u64>,
+    /// What the agent reported; none if it could not be had.
+    pub report: Option<Report>,
+    /// Why there is no report.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
+
+/// Why a life has no report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// Which finding it is.
+    pub kind: FailureKind,
+    /// In words, with the last lines of the console if there are any.
+    pub detail: String,
+}
+
+/// The ways in which a life can fail to report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// No hello in time.
+    NoHello,
+    /// A hello, but no report.
+    NoReport,
+    /// A reset that nobody asked for, or by another cause than was asked for.
+    UnexpectedReset,
+    /// The guest was asked to reset and did not.
+    NoReset,
+    /// The guest died or turned itself off.
+    GuestStopped,
+}
+
+impl FailureKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::NoHello => "no-hello",
+            Self::NoReport => "no-report",
+            Self::UnexpectedReset => "unexpected-reset",
+            Self::NoReset => "no-reset",
+            Self::GuestStopped => "guest-stopped",
+        }
+    }
+}
+
+/// Something that a clean machine does not show. Names are stable: users match them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Stable name.
+    pub name: &'static str,
+    /// The life that showed it.
+    pub life: u32,
+    /// What was seen.
+    pub detail: String,
+}
+
+/// What a machine was meant to be: the yardstick of the verdict.
+#[derive(Clone, Copy, Debug)]
+pub struct Expectations {
+    /// Performance counters.
+    pub pmu: PmuPolicy,
+    /// What runs the guest. A software KVM lets guests read the host's time stamp counter, so a reset cannot set it back.
+    pub kvm: KvmKind,
+}
+
+impl Expectations {
+    /// What cannot be checked on this host, as (name of the finding, reason).
+    pub fn unchecked(self) -> Vec<(&'static str, &'static str)> {
+        match self.kvm {
+            KvmKind::Software => {
+                vec![("tsc-not-reset", "a software KVM shows guests the host's time stamp counter")]
+            }
+            KvmKind::Svm | KvmKind::Vmx => Vec::new(),
+        }
+    }
+}
+
+/// Judges the lives of one machine, in order. Keeps the last report alone, so a machine may live for ever.
+#[derive(Clone, Debug)]
+pub struct Judge {
+    expectations: Expectations,
+    before: Option<Report>,
+    findings: Vec<Finding>,
+}
+
+impl Judge {
+    /// A judge of a machine that was meant to be so.
+    pub fn new(expectations: Expectations) -> Self {
+        Self { expectations, before: None, findings: Vec::new() }
+    }
+
+    /// Hears the next life.
+    pub fn hear(&mut self, life: &Life) {
+        let found = judge(self.expectations, self.before.as_ref(), life);
+        self.findings.extend(found);
+        self.before.clone_from(&life.report);
+    }
+
+    /// All findings so far. None mean that the machine came back clean every time.
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+}
+
+/// The verdict on one life: a pure function of the expectations, the report before the reset and what came after it.
+fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut add = |name, detail| findings.push(Finding { name, life: life.life, detail });
+    if let Some(failure) = &life.failure {
+        add(failure.kind.name(), failure.detail.clone());
+    }
+    if let Some(report) = &life.report {
+        check_identity(life, report, &mut add);
+        if expectations.kvm != KvmKind::Software {
+            check_tsc(report, &mut add);
+        }
+        check_pmu(expectations.pmu, report, &mut add);
+        check_nmis(report, &mut add);
+        check_faults(report, &mut add);
+        if let Some(before) = before {
+            check_change(before, report, &mut add);
+        }
+    }
+    findings
+}
+
+/// Collects findings of one life.
+type Add<'a> = dyn FnMut(&'static str, String) + 'a;
+
+/// The guest must know which life it is in: anything else means that RAM or the clock was not reset.
+fn check_identity(life: &Life, report: &Report, add: &mut Add) {
+    if (report.life, report.cause) != (life.life, Some(life.cause)) {
+        let cause = report.cause.map_or("none", Cause::name);
+        add(
+            "life-mismatch",
+            format!(
+                "the agent is in life {} with cause {cause}, the host in {} with {}",
+                report.life, life.life, life.cause
+            ),
+        );
+    }
+}
+
+fn check_tsc(report: &Report, add: &mut Add) {
+    /// Far more than any start of a vCPU takes, far less than a machine lives.
+    const LIMIT_MS: u64 = 5000;
+    let (entry, khz) = (report.timings.tsc_entry, u64::from(report.timings.tsc_khz));
+    // Without a frequency the counter cannot be read as a time.
+    if khz > 0 && entry / khz > LIMIT_MS {
+        add("tsc-not-reset", format!("the time stamp counter stood at {entry} at the entry point"));
+    }
+}
+
+fn check_pmu(policy: PmuPolicy, report: &Report, add: &mut Add) {
+    match (&report.pmu.status, policy) {
+        (PmuStatus::BrokenBios { msr, value }, _) => {
+            add("pmu-corrupted", format!("MSR {msr:x} was {value:x} before the kernel touched it"));
+        }
+        (PmuStatus::Present { driver }, PmuPolicy::Off) => {
+            add("pmu-visible", format!("--pmu off, but the guest has a working {driver} PMU"));
+        }
+        (PmuStatus::Absent, PmuPolicy::Host) => {
+            add("pmu-missing", "--pmu host, but the guest finds no PMU".into());
+        }
+        (PmuStatus::Broken, _) => {
+            add("pmu-broken", "counters do not hold what is written to them".into());
+        }
+        (PmuStatus::PresentDead, PmuPolicy::Off | PmuPolicy::Host) => {
+            add("pmu-dead", "counters hold values but do not count".into());
+        }
+        (PmuStatus::Absent, PmuPolicy::Off) | (PmuStatus::Present { .. }, PmuPolicy::Host) => {}
+    }
+}
+
+fn check_nmis(report: &Report, add: &mut Add) {
+    let nmi = &report.nmi;
+    let reasons: Vec<String> = nmi.records.iter().map(|r| format!("{:02x}", r.reason)).collect();
+    let reasons = reasons.join(" ");
+    for (count, name) in
+        [(nmi.unknown, "unknown-nmi"), (nmi.serr, "serr-nmi"), (nmi.iochk, "iochk-nmi")]
+    {
+        if count > 0 {
+            add(name, format!("{count} of {} NMIs, reasons {reasons}", nmi.total));
+        }
+    }
+    for finding in dmesg::findings(&report.dmesg) {
+        // What the counters say already is not said twice.
+        let counted = match finding.name {
+            "unknown-nmi" => nmi.unknown > 0,
+            "serr-nmi" => nmi.serr > 0,
+            "iochk-nmi" => nmi.iochk > 0,
+            "pmu-corrupted" => matches!(report.pmu.status, PmuStatus::BrokenBios { .. }),
+            _ => false,
+        };
+        if !counted {
+            add(finding.name, finding.line);
+        }
+    }
+}
+
+fn check_faults(report: &Report, add: &mut Add) {
+    for fault in &report.exceptions {
+        add(
+            "guest-exception",
+            format!(
+                "vector {} {} times, last at {:#x} with error code {:#x}",
+                fault.vector, fault.count, fault.rip, fault.error_code
+            ),
+        );
+    }
+    if report.dma.violation_count > 0 {
+        let first = report.dma.violations.first().map_or("", String::as_str);
+        add(
+            "dma-violation",
+            format!("{} in the guest's tracker, first: {first}", report.dma.violation_count),
+        );
+    }
+}
+
+/// A reset must not change what the machine is.
+fn check_change(before: &Report, after: &Report, add: &mut Add) {
+    if before.pmu.cpuid != after.pmu.cpuid {
+        add("cpuid-changed", format!("{:x?} became {:x?}", before.pmu.cpuid, after.pmu.cpuid));
+    }
+    let registers =
+        |report: &Report| report.pmu.msrs.iter().map(|msr| msr.index).collect::<Vec<_>>();
+    if registers(before) != registers(after) {
+        add("pmu-changed", "the reset changed which PMU registers exist".into());
+    }
+}
+
+#[cfg(test)]
+mod tests;
