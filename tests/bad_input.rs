@@ -1,0 +1,148 @@
+//! Wrong usage and wrong input: one line, exit status 2, nothing left.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+
+use crate::harness::guest::Guest;
+use crate::harness::{Outcome, file, run, temp_dir};
+
+/// Expects one line on stderr that contains `message`, and nothing on stdout.
+#[track_caller]
+fn refused(outcome: Outcome, message: &str) {
+    let outcome = outcome.expect_status(2).expect_stderr(message).expect_one_line_of_stderr();
+    assert!(outcome.stdout.is_empty(), "{outcome}");
+}
+
+#[test]
+fn sizes_that_make_no_machine_are_refused() {
+    let check =
+        |arguments: &[&str], message| refused(run(&[&["run"], arguments].concat()), message);
+    check(&["--mem", "0"], "--mem 0 MiB is not between");
+    check(&["--mem", "1048576"], "--mem 1048576 MiB is not between");
+    check(&["--mem", "18446744073709551615"], "is not between");
+    check(&["--vcpus", "0"], "--vcpus 0 is not between 1 and");
+    check(&["--vcpus", "9999"], "--vcpus 9999 is not between 1 and");
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused_with_its_path_and_its_problem() {
+    let dir = temp_dir();
+    let check = |path: &std::path::Path, message: &str| {
+        let path = path.to_str().unwrap();
+        let outcome = run(&["run", "--kernel", path]);
+        assert!(outcome.stderr.contains(path), "the path is missing: {outcome}");
+        refused(outcome, message);
+    };
+    let good = Guest::new().halt();
+    check(&dir.path().join("missing"), "No such file");
+    check(dir.path(), "not a regular file");
+    check(&file(&dir, "empty", b""), "is empty");
+    check(&file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "neither an ELF executable nor a bzImage");
+    check(&file(&dir, "arm", &good.elf_for(183, 0x1f_fff0)), "another machine (number 183)");
+    check(&file(&dir, "high", &good.elf_for(62, 0x7fff_0000)), "outside RAM");
+    check(&file(&dir, "low", &good.elf_for(62, 0x1000)), "below 1 MiB");
+    check(&file(&dir, "cut", &good.elf()[..100]), "truncated");
+}
+
+#[test]
+fn an_initrd_that_does_not_fit_is_refused() {
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &Guest::new().halt().elf());
+    let initrd = dir.path().join("initrd");
+    std::fs::File::create(&initrd).unwrap().set_len(1 << 30).unwrap();
+    let outcome =
+        run(&["run", "--kernel", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()]);
+    refused(outcome, "does not fit between the kernel and the end of RAM");
+}
+
+#[test]
+fn a_command_line_that_is_too_long_is_refused() {
+    let long = "x".repeat(4000);
+    refused(run(&["run", "--cmdline", &long]), "the kernel command line must be shorter");
+}
+
+#[test]
+fn a_socket_path_in_use_is_refused_and_left_alone() {
+    let dir = temp_dir();
+    let live = dir.path().join("live");
+    let _listener = UnixListener::bind(&live).unwrap();
+    let plain = file(&dir, "plain", b"mine");
+    for path in [&live, &plain] {
+        refused(run(&["run", "--uds", path.to_str().unwrap()]), path.to_str().unwrap());
+        assert!(path.exists());
+    }
+    assert_eq!(std::fs::read(&plain).unwrap(), b"mine");
+}
+
+#[test]
+fn a_socket_path_that_no_socket_can_have_is_refused() {
+    let long = format!("/tmp/{}", "x".repeat(200));
+    refused(run(&["run", "--uds", &long]), "too long");
+    refused(run(&["run", "--uds", "/no/such/directory/vsock"]), "/no/such/directory/vsock");
+}
+
+#[test]
+fn a_refused_launch_leaves_no_socket() {
+    let dir = temp_dir();
+    let path = dir.path().join("vsock");
+    refused(run(&["run", "--uds", path.to_str().unwrap(), "--mem", "0"]), "--mem 0");
+    assert!(!path.exists());
+}
+
+#[test]
+fn the_agent_image_overwrites_nothing() {
+    let dir = temp_dir();
+    let path = file(&dir, "mine", b"mine");
+    refused(run(&["agent", "export", path.to_str().unwrap()]), "File exists");
+    assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+}
+
+#[test]
+fn clap_answers_wrong_flags_with_status_2_and_the_remedy() {
+    run(&["run", "--reset-via", "kexec"])
+        .expect_status(2)
+        .expect_stderr("known are host, i8042, cf9, acpi, triple");
+    run(&["run", "--initrd", "x"]).expect_status(2).expect_stderr("--kernel");
+    run(&["run", "--resets", "-1"]).expect_status(2);
+    run(&["walk"]).expect_status(2).expect_stderr("unrecognized subcommand");
+    run(&[]).expect_status(2).expect_stderr("Usage");
+}
+
+#[test]
+fn without_the_right_to_dev_kvm_the_remedy_is_named() {
+    // Another user may not open it on most machines; where everybody may, the run succeeds.
+    let mode = std::fs::metadata("/dev/kvm").unwrap().permissions().mode();
+    let dir = temp_dir();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = dir.path().join("cleanslate");
+    std::fs::copy(env!("CARGO_BIN_EXE_cleanslate"), &program).unwrap();
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test gives up root's rights, so it needs them"
+    );
+    use std::os::unix::process::CommandExt;
+    let mut command = std::process::Command::new(&program);
+    command.arg("run").uid(65534).gid(65534);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let outcome =
+        crate::harness::finish(command.spawn().unwrap(), "cleanslate run as nobody".into());
+    if mode & 0o006 == 0o006 {
+        outcome.expect_status(0);
+    } else {
+        refused(outcome, "usermod -aG kvm");
+    }
+}
+
+#[test]
+fn without_dev_kvm_the_remedy_is_named() {
+    // An empty /dev in a mount namespace of its own.
+    let script =
+        format!("mount -t tmpfs none /dev && exec {} run", env!("CARGO_BIN_EXE_cleanslate"));
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]);
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let outcome =
+        crate::harness::finish(command.spawn().unwrap(), "cleanslate run without /dev".into());
+    refused(outcome, "modprobe kvm");
+}

@@ -1,0 +1,186 @@
+//! What a launch and a reset cost, beside the bare KVM calls that nobody can do without, in one run.
+//!
+//! `cargo bench` prints a table: median, p90, p99, and the ratio of the medians to the floor.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuExit};
+use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_cleanslate");
+const LAUNCHES: usize = 300;
+const RESETS: usize = 2000;
+const MEM_MIB: usize = 128;
+
+fn main() {
+    // `cargo test --benches` passes no flag and wants a quick look that all of it still works.
+    let (launches, resets) = match std::env::args().any(|arg| arg == "--bench") {
+        true => (LAUNCHES, RESETS),
+        false => (3, 10),
+    };
+    let mut floor = Vec::new();
+    let mut hello = Vec::new();
+    let mut whole = Vec::new();
+    for _ in 0..launches {
+        // Turn about, so that a noisy moment meets both alike.
+        floor.push(bare_kvm());
+        let (life, run) = launch();
+        hello.push(life);
+        whole.push(run);
+    }
+    let floor = Figure::new("floor: bare KVM calls to a guest's first out", floor);
+    println!("{}", machine());
+    println!("{:<58} {:>9} {:>9} {:>9} {:>8}", "", "median", "p90", "p99", "x floor");
+    floor.print(&floor);
+    Figure::new("process start to the agent's hello, 128 MiB", hello).print(&floor);
+    Figure::new("spawn to exit with report and verdict, from outside", whole).print(&floor);
+    for cause in ["host", "i8042", "cf9", "acpi", "triple"] {
+        let times = reset_times(cause, resets);
+        Figure::new(&format!("reset in place ({cause}) to the next hello"), times).print(&floor);
+    }
+    let (whole, guest) = resident();
+    println!(
+        "memory beyond the guest's own: {} KiB (process {whole}, guest {guest})",
+        whole - guest
+    );
+}
+
+/// The fewest KVM calls that reach a guest's first `out`: memory, split interrupt controller, one vCPU with CPUID.
+fn bare_kvm() -> Duration {
+    let ram: GuestMemoryMmap<()> =
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEM_MIB << 20)]).expect("map memory");
+    // out 0x10, al
+    ram.write_slice(&[0xe6, 0x10], GuestAddress(0x1000)).expect("write code");
+    let began = Instant::now();
+    let kvm = Kvm::new().expect("open /dev/kvm");
+    let vm = kvm.create_vm().expect("create a machine");
+    let region = ram.iter().next().expect("one region");
+    let slot = kvm_userspace_memory_region {
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: `ram` outlives `vm`: it was made before it in this function.
+    unsafe { vm.set_user_memory_region(slot) }.expect("give it memory");
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = 24;
+    vm.enable_cap(&split).expect("split the interrupt controller");
+    let mut vcpu = vm.create_vcpu(0).expect("create a vCPU");
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("get CPUID");
+    vcpu.set_cpuid2(&cpuid).expect("set CPUID");
+    let mut sregs = vcpu.get_sregs().expect("get registers");
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs).expect("set registers");
+    let mut regs = vcpu.get_regs().expect("get registers");
+    (regs.rip, regs.rflags) = (0x1000, 2);
+    vcpu.set_regs(&regs).expect("set registers");
+    assert!(matches!(vcpu.run().expect("run"), VcpuExit::IoOut(0x10, _)));
+    began.elapsed()
+}
+
+fn run_json(arguments: &[&str]) -> Value {
+    let output = Command::new(PROGRAM)
+        .args(["run", "--json"])
+        .args(arguments)
+        .output()
+        .expect("start cleanslate");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// Time to hello as the program measures it, and the whole run as seen from outside.
+fn launch() -> (Duration, Duration) {
+    let began = Instant::now();
+    let json = run_json(&[]);
+    (hello_us(&json["lives"][0]), began.elapsed())
+}
+
+fn reset_times(cause: &str, resets: usize) -> Vec<Duration> {
+    let json = run_json(&["--resets", &resets.to_string(), "--reset-via", cause]);
+    assert_eq!(json["verdict"], "clean");
+    json["lives"].as_array().expect("lives").iter().skip(1).map(hello_us).collect()
+}
+
+fn hello_us(life: &Value) -> Duration {
+    Duration::from_micros(life["hello_us"].as_u64().expect("a hello"))
+}
+
+/// Resident memory in KiB of a process that holds a machine, and the part of it that is guest RAM.
+fn resident() -> (u64, u64) {
+    let dir = tempfile::tempdir().expect("make a directory");
+    let path = dir.path().join("vsock");
+    let mut child = Command::new(PROGRAM)
+        .args(["run", "--resets", "10", "--hold", "--uds", path.to_str().expect("UTF-8")])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("start cleanslate");
+    let mut stdout = child.stdout.take().expect("piped");
+    let mut text = Vec::new();
+    while !String::from_utf8_lossy(&text).contains("clean:") {
+        let mut chunk = [0; 4096];
+        let count = stdout.read(&mut chunk).expect("read the verdict");
+        assert_ne!(count, 0, "{}", String::from_utf8_lossy(&text));
+        text.extend_from_slice(&chunk[..count]);
+    }
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", child.id())).expect("read smaps");
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&child),
+        rustix::process::Signal::INT,
+    )
+    .expect("end cleanslate");
+    child.wait().expect("wait");
+    let (mut whole, mut guest, mut in_guest) = (0, 0, false);
+    for line in maps.lines() {
+        if let Some(rss) = line.strip_prefix("Rss:") {
+            let kib: u64 = rss.trim().trim_end_matches(" kB").parse().expect("a number");
+            whole += kib;
+            guest += if in_guest { kib } else { 0 };
+        } else if line.split(' ').next().is_some_and(|range| range.contains('-')) {
+            in_guest = line.contains("guest-template");
+        }
+    }
+    (whole, guest)
+}
+
+/// One row.
+struct Figure {
+    name: String,
+    times: Vec<Duration>,
+}
+
+impl Figure {
+    fn new(name: &str, mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        Self { name: name.into(), times }
+    }
+
+    fn at(&self, percent: usize) -> f64 {
+        let index = (self.times.len() * percent / 100).min(self.times.len() - 1);
+        self.times[index].as_secs_f64() * 1e3
+    }
+
+    fn print(&self, floor: &Self) {
+        let ratio = self.at(50) / floor.at(50);
+        let (p50, p90, p99) = (self.at(50), self.at(90), self.at(99));
+        println!("{:<58} {p50:>6.2} ms {p90:>6.2} ms {p99:>6.2} ms {ratio:>8.2}", self.name);
+    }
+}
+
+fn machine() -> String {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("?");
+    let cpus = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
+    let kvm = vmm::kvm::host::KvmKind::detect();
+    format!(
+        "{model}, {cpus} CPUs, Linux {}, KVM: {kvm:?}",
+        read("/proc/sys/kernel/osrelease").trim()
+    )
+}

@@ -1,0 +1,23 @@
+//! End-to-end tests: what the README and the issue tracker promise, tried on the built program and a real `/dev/kvm`.
+//!
+//! Contents: one module for each promise.
+
+/// How tests run the program, make guests and read what they say.
+mod harness;
+
+/// Wrong usage and wrong input: one line, exit status 2, nothing left.
+mod bad_input;
+/// The documents name what exists.
+mod documents;
+/// The agent's image boots in monitors of other people.
+mod elsewhere;
+/// What must not be there is found, by name and by exit status.
+mod findings;
+/// `--kernel`: other guests, and the ways in which they end.
+mod guests;
+/// Guests that break rules hurt only themselves.
+mod hostile;
+/// `run` boots the agent, takes its report and resets it by every cause.
+mod lives;
+/// Host clients and the guest over vsock, in Firecracker's socket convention.
+mod vsock;

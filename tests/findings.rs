@@ -1,0 +1,73 @@
+//! What must not be there is found, by name and by exit status.
+
+use std::process::Command;
+
+use crate::harness::{cleanslate, finish, run, signal};
+
+fn names(json: &serde_json::Value) -> Vec<&str> {
+    json["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|finding| finding["name"].as_str().unwrap())
+        .collect()
+}
+
+#[test]
+fn an_injected_nmi_comes_out_as_unknown() {
+    let outcome = run(&["run", "--json", "--nmi", "1", "--resets", "1"]).expect_status(1);
+    let json = outcome.json();
+    assert_eq!(json["verdict"], "findings", "{outcome}");
+    assert_eq!(names(&json), ["unknown-nmi"], "{outcome}");
+    assert_eq!(json["findings"][0]["life"], 1, "{outcome}");
+    let (first, second) = (&json["lives"][0]["report"], &json["lives"][1]["report"]);
+    assert_eq!(
+        (&first["nmi"]["total"], &first["nmi"]["unknown"]),
+        (&1.into(), &1.into()),
+        "{outcome}"
+    );
+    assert_eq!(first["nmi"]["records"][0]["reason"].as_u64().unwrap() & 0xc0, 0, "{outcome}");
+    let log = first["dmesg"].to_string();
+    assert!(log.contains("Uhhuh. NMI received for unknown reason"), "{outcome}");
+    assert_eq!(second["nmi"]["total"], 0, "the reset left an NMI: {outcome}");
+}
+
+#[test]
+fn each_of_several_nmis_is_counted() {
+    let outcome = run(&["run", "--json", "--nmi", "5"]).expect_status(1);
+    let json = outcome.json();
+    assert_eq!(json["lives"][0]["report"]["nmi"]["unknown"], 5, "{outcome}");
+}
+
+#[test]
+fn a_human_reads_the_finding_in_words() {
+    run(&["run", "--nmi", "1"])
+        .expect_status(1)
+        .expect_stdout("finding in life 1: unknown-nmi: 1 of 1 NMIs")
+        .expect_stdout("not clean: 1 life, 1 finding");
+}
+
+#[test]
+fn an_agent_that_never_says_hello_is_a_finding_with_the_end_of_the_console() {
+    // In this mode the agent prints its report and listens to nobody.
+    let outcome = run(&["run", "--json", "--cmdline", "agent.report=serial", "--timeout", "1"])
+        .expect_status(1);
+    let json = outcome.json();
+    let name = names(&json)[0];
+    assert!(matches!(name, "no-hello" | "guest-stopped"), "{outcome}");
+    let detail = json["findings"][0]["detail"].as_str().unwrap();
+    assert!(detail.contains("the console ends with") && detail.contains("tsc_entry"), "{outcome}");
+    assert_eq!(json["lives"][0]["hello_us"], serde_json::Value::Null, "{outcome}");
+}
+
+#[test]
+fn ctrl_c_ends_a_long_run_at_once() {
+    let mut command: Command = cleanslate(&["run", "--resets", "1000000"]);
+    let child = command.spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    signal(&child, rustix::process::Signal::INT);
+    finish(child, "cleanslate run --resets 1000000, interrupted".into())
+        .expect_status(130)
+        .expect_stderr("cleanslate: interrupted")
+        .expect_one_line_of_stderr();
+}

@@ -1,0 +1,101 @@
+//! `--kernel`: other guests, and the ways in which they end.
+
+use crate::harness::guest::Guest;
+use crate::harness::{Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir};
+
+#[track_caller]
+fn boot(guest: &Guest, extra: &[&str]) -> Outcome {
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.elf());
+    run(&[&["run", "--kernel", kernel.to_str().unwrap()], extra].concat())
+}
+
+#[test]
+fn the_console_is_stdout() {
+    let outcome = boot(&Guest::new().print("hello\n").power_off(), &[]).expect_status(0);
+    assert_eq!(outcome.stdout, "hello\n");
+}
+
+#[test]
+fn each_end_has_its_message_and_its_status() {
+    let check = |guest: Guest, status, message| {
+        boot(&guest, &[]).expect_status(status).expect_stderr(message).expect_one_line_of_stderr();
+    };
+    check(Guest::new().power_off(), 0, "the guest turned the machine off");
+    check(Guest::new().out(0x64, 0xfe).halt(), 3, "the guest asked for a reset (i8042)");
+    check(Guest::new().out(0xcf9, 0x06).halt(), 3, "the guest asked for a reset (cf9)");
+    check(Guest::new().out(0x600, 0x01).halt(), 3, "the guest asked for a reset (acpi)");
+    check(Guest::new().triple_fault(), 4, "the guest died of a triple fault");
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_emulate_is_shown_with_its_bytes() {
+    // A KVM that runs ring 0 on the processor meets a triple fault instead: there is no interrupt table.
+    let guest =
+        Guest::new().raw(&[0x0f, 0x01, 0x1d]).raw(&0x1f_fff0_u32.to_le_bytes()).breakpoint().halt();
+    let outcome = boot(&guest, &[]);
+    match outcome.status {
+        Some(5) => {
+            outcome
+                .expect_stderr("could not emulate an instruction")
+                .expect_stderr("rip 0x200007, bytes cc fa f4");
+        }
+        _ => {
+            outcome.expect_status(4);
+        }
+    }
+}
+
+#[test]
+fn resets_in_place_come_first_as_many_as_were_asked_for() {
+    let outcome = boot(&Guest::new().print("life\n").out(0x64, 0xfe).halt(), &["--resets", "3"])
+        .expect_status(3);
+    assert_eq!(outcome.stdout, "life\n".repeat(4));
+    assert_eq!(outcome.stderr.matches("reset in place (i8042)").count(), 3, "{outcome}");
+}
+
+#[test]
+fn a_halted_guest_is_ended_by_ctrl_c() {
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &Guest::new().halt().elf());
+    let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
+    let child = command.spawn().unwrap();
+    let status = format!("/proc/{}/task", child.id());
+    eventually("the vCPU thread exists", || {
+        let tasks = std::fs::read_dir(&status).map(|dir| dir.count()).unwrap_or_default();
+        tasks >= 3
+    });
+    signal(&child, rustix::process::Signal::TERM);
+    finish(child, "a halted guest".into()).expect_status(130).expect_stderr("interrupted");
+}
+
+#[test]
+fn the_command_line_and_the_initrd_reach_the_guest() {
+    // The guest prints the first bytes of its command line and of its initrd: start info is in EBX.
+    // mov esi, [ebx + 24]; mov dx, 0x3f8; mov ecx, 5; rep outsb
+    let command_line = [0x8b, 0x73, 24, 0x66, 0xba, 0xf8, 0x03, 0xb9, 5, 0, 0, 0, 0xf3, 0x6e];
+    // mov esi, [ebx + 16]; mov esi, [esi]; mov ecx, 6; rep outsb
+    let initrd = [0x8b, 0x73, 16, 0x8b, 0x36, 0xb9, 6, 0, 0, 0, 0xf3, 0x6e];
+    let dir = temp_dir();
+    let disk = file(&dir, "initrd", b"ramdisk-and-more");
+    let guest = Guest::new().raw(&command_line).raw(&initrd).power_off();
+    let outcome = boot(&guest, &["--cmdline", "quiet panic=1", "--initrd", disk.to_str().unwrap()])
+        .expect_status(0);
+    assert_eq!(outcome.stdout, "quietramdis", "{outcome}");
+}
+
+#[test]
+fn ram_is_the_template_again_after_a_reset() {
+    // cmp dword [0x300000], 0; jne dirty; write to it and reset.
+    let guest = Guest::new()
+        .raw(&[0x83, 0x3d, 0x00, 0x00, 0x30, 0x00, 0x00])
+        .raw(&[0x75, 7 + 10 + 7 + 4]) // over what follows
+        .print(".")
+        .store(0x30_0000, 0x1234_5678)
+        .out(0x64, 0xfe)
+        .halt()
+        .print("dirty")
+        .halt();
+    let outcome = boot(&guest, &["--resets", "2"]).expect_status(3);
+    assert_eq!(outcome.stdout, "...", "{outcome}");
+}

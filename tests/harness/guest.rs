@@ -1,0 +1,104 @@
+//! Tiny guests: a few instructions in an ELF with a PVH note. They run in 32-bit protected mode without paging.
+
+/// Where the code of a tiny guest lies.
+const ENTRY: u32 = 0x20_0000;
+
+/// Code of a tiny guest, one instruction after the other.
+#[derive(Default)]
+pub struct Guest {
+    code: Vec<u8>,
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Any instruction bytes.
+    pub fn raw(mut self, bytes: &[u8]) -> Self {
+        self.code.extend_from_slice(bytes);
+        self
+    }
+
+    /// `mov dx, port; mov al, value; out dx, al`
+    pub fn out(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.raw(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
+    }
+
+    /// Prints on the first serial port.
+    pub fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |guest, byte| guest.out(0x3f8, byte))
+    }
+
+    /// `mov dword [address], value`
+    pub fn store(self, address: u32, value: u32) -> Self {
+        self.raw(&[0xc7, 0x05]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes())
+    }
+
+    /// `mov eax, [address]`
+    pub fn load(self, address: u32) -> Self {
+        self.raw(&[0xa1]).raw(&address.to_le_bytes())
+    }
+
+    /// Turns the machine off by ACPI's sleep control register.
+    pub fn power_off(self) -> Self {
+        self.out(0x601, 0x34).halt()
+    }
+
+    /// `cli; 1: hlt; jmp 1b`
+    pub fn halt(self) -> Self {
+        self.raw(&[0xfa, 0xf4, 0xeb, 0xfd])
+    }
+
+    /// Loads an empty interrupt table and raises #UD: `lidt [zeroes]; ud2`.
+    pub fn triple_fault(self) -> Self {
+        let zeroes = ENTRY - 16;
+        self.raw(&[0x0f, 0x01, 0x1d]).raw(&zeroes.to_le_bytes()).raw(&[0x0f, 0x0b])
+    }
+
+    /// An instruction that KVM cannot emulate, where it has to (`int3` on a KVM without hardware), and that a processor
+    /// without an interrupt table dies of.
+    pub fn breakpoint(self) -> Self {
+        self.raw(&[0xcc])
+    }
+
+    /// The ELF file: one segment that begins with 16 zero bytes before the code, and the note.
+    pub fn elf(&self) -> Vec<u8> {
+        self.elf_for(62, ENTRY - 16)
+    }
+
+    /// The same for another machine or address.
+    pub fn elf_for(&self, machine: u16, address: u32) -> Vec<u8> {
+        const HEADER: u64 = 64;
+        const SEGMENT: u64 = 56;
+        let note_at = HEADER + 2 * SEGMENT;
+        let note =
+            [&[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0], &b"Xen\0"[..], &ENTRY.to_le_bytes()].concat();
+        let text_at = note_at + note.len() as u64;
+        let text = [&[0; 16][..], &self.code].concat();
+
+        let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        for half in [2, machine] {
+            elf.extend_from_slice(&u16::to_le_bytes(half));
+        }
+        elf.extend_from_slice(&1_u32.to_le_bytes());
+        for word in [u64::from(ENTRY), HEADER, 0] {
+            elf.extend_from_slice(&word.to_le_bytes());
+        }
+        elf.extend_from_slice(&0_u32.to_le_bytes());
+        for half in [HEADER as u16, SEGMENT as u16, 2, 0, 0, 0] {
+            elf.extend_from_slice(&half.to_le_bytes());
+        }
+        let mut segment = |kind: u32, at: u64, to: u64, len: u64| {
+            elf.extend_from_slice(&kind.to_le_bytes());
+            elf.extend_from_slice(&7_u32.to_le_bytes());
+            for word in [at, to, to, len, len, 4] {
+                elf.extend_from_slice(&word.to_le_bytes());
+            }
+        };
+        segment(1, text_at, u64::from(address), text.len() as u64);
+        segment(4, note_at, 0, note.len() as u64);
+        [elf, note, text].concat()
+    }
+}

@@ -1,0 +1,151 @@
+//! Runs the built program and shows everything about a run that did not go as expected.
+
+pub mod guest;
+
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest time that any run may take; far above what it needs, so that a hang ends and is seen.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a run of the program left.
+pub struct Outcome {
+    command: String,
+    pub status: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { command, status, stdout, stderr } = self;
+        write!(
+            f,
+            "$ {command}\nstatus: {status:?}\n--- stdout\n{stdout}\n--- stderr\n{stderr}\n---"
+        )
+    }
+}
+
+impl Outcome {
+    /// Fails the test unless the program ended with `status`.
+    #[track_caller]
+    pub fn expect_status(self, status: i32) -> Self {
+        assert_eq!(self.status, Some(status), "{self}");
+        self
+    }
+
+    /// Fails the test unless stdout contains `text`.
+    #[track_caller]
+    pub fn expect_stdout(self, text: &str) -> Self {
+        assert!(self.stdout.contains(text), "stdout lacks {text:?}: {self}");
+        self
+    }
+
+    /// Fails the test unless stderr contains `text`.
+    #[track_caller]
+    pub fn expect_stderr(self, text: &str) -> Self {
+        assert!(self.stderr.contains(text), "stderr lacks {text:?}: {self}");
+        self
+    }
+
+    /// Fails the test unless stderr is one line.
+    #[track_caller]
+    pub fn expect_one_line_of_stderr(self) -> Self {
+        assert_eq!(self.stderr.trim_end().lines().count(), 1, "{self}");
+        self
+    }
+
+    /// stdout as one JSON object.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        match serde_json::from_str(&self.stdout) {
+            Ok(value) => value,
+            Err(error) => panic!("stdout is no JSON ({error}): {self}"),
+        }
+    }
+}
+
+/// The program with arguments, not yet started. Fails loudly on a machine without KVM: nothing here can be shown there.
+#[track_caller]
+pub fn cleanslate(arguments: &[&str]) -> Command {
+    assert!(Path::new("/dev/kvm").exists(), "these tests need /dev/kvm; this machine has none");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cleanslate"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs the program to its end.
+#[track_caller]
+pub fn run(arguments: &[&str]) -> Outcome {
+    let mut command = cleanslate(arguments);
+    let child = command.spawn().expect("start cleanslate");
+    finish(child, format!("cleanslate {}", arguments.join(" ")))
+}
+
+/// Waits for a child with piped output, and kills it when it takes for ever.
+#[track_caller]
+pub fn finish(mut child: Child, command: String) -> Outcome {
+    let stdout = read_all(child.stdout.take());
+    let stderr = read_all(child.stderr.take());
+    let began = Instant::now();
+    let status = loop {
+        match child.try_wait().expect("wait for a child") {
+            Some(status) => break status,
+            None if began.elapsed() > PATIENCE => {
+                let _ = child.kill();
+                break child.wait().expect("wait for a killed child");
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    Outcome {
+        command,
+        status: status.code(),
+        stdout: stdout.join().expect("read stdout"),
+        stderr: stderr.join().expect("read stderr"),
+    }
+}
+
+/// Reads beside the waiting, so that a full pipe stops nobody.
+fn read_all(stream: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut stream) = stream {
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Sends `signal` to a child.
+pub fn signal(child: &Child, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_child(child);
+    rustix::process::kill_process(pid, signal).expect("signal a child");
+}
+
+/// Waits until `condition` holds; fails the test when it never does.
+#[track_caller]
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < PATIENCE, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A directory that is gone with the test, unless the test failed to remove something it promised to.
+pub fn temp_dir() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("cleanslate-test-").tempdir().expect("make a directory")
+}
+
+/// Writes a file into `dir` and returns its path.
+pub fn file(dir: &tempfile::TempDir, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).expect("write a file");
+    path
+}

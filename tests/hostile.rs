@@ -1,0 +1,110 @@
+//! Guests that break rules hurt only themselves.
+
+use crate::harness::guest::Guest;
+use crate::harness::{file, run, temp_dir};
+
+/// Registers of the vsock device.
+const DEVICE: u32 = 0xd000_0000;
+
+/// Boots `guest` after it printed "done" and expects the machine to end by the guest's own wish.
+#[track_caller]
+fn survives(guest: Guest) {
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.print("done").power_off().elf());
+    run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0).expect_stdout("done");
+}
+
+/// Writes `registers` in order.
+fn registers(guest: Guest, registers: &[(u32, u32)]) -> Guest {
+    registers.iter().fold(guest, |guest, (offset, value)| guest.store(DEVICE + offset, *value))
+}
+
+/// A driver's way to `DRIVER_OK` with all three queues at `table`, `avail` and `used`.
+fn live_queues(table: u32, avail: u32, used: u32) -> Guest {
+    let mut guest =
+        registers(Guest::new(), &[(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)]);
+    for queue in 0..3 {
+        guest = registers(
+            guest,
+            &[(0x30, queue), (0x38, 16), (0x80, table), (0x90, avail), (0xa0, used), (0x44, 1)],
+        );
+    }
+    registers(guest, &[(0x70, 15)])
+}
+
+fn notify_all(guest: Guest) -> Guest {
+    (0..3).fold(guest, |guest, queue| registers(guest, &[(0x50, queue)]))
+}
+
+#[test]
+fn junk_in_every_device_register_is_ignored() {
+    let mut guest = Guest::new();
+    for value in [0, 1, 0xffff_ffff] {
+        for offset in (0..0x120).step_by(4) {
+            guest = guest.store(DEVICE + offset, value).load(DEVICE + offset);
+        }
+    }
+    survives(guest);
+}
+
+#[test]
+fn junk_at_every_port_and_in_the_io_apic_is_ignored() {
+    let mut guest = Guest::new();
+    for port in [0x60, 0x61, 0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3ff, 0x602, 0x80, 0xcf8, 0xffff] {
+        // in al, dx too
+        guest = guest.out(port, 0xa5).raw(&[0xec]);
+    }
+    for index in 0..0x48 {
+        guest = guest.store(0xfec0_0000, index).store(0xfec0_0010, 0xffff_00ff).load(0xfec0_0010);
+    }
+    survives(guest.raw(&[0x66, 0xba, 0xfb, 0x03, 0xb0, 0x03, 0xee]));
+}
+
+#[test]
+fn addresses_without_ram_are_nobody() {
+    survives(Guest::new().store(0xc000_0000, 1).load(0xefff_fff0).store(0xfee0_1000, 1));
+}
+
+#[test]
+fn queues_outside_ram_break_the_device_and_nothing_else() {
+    survives(notify_all(live_queues(0xffff_fff0, 0xffff_f000, 0xffff_e000)));
+}
+
+#[test]
+fn rings_on_top_of_each_other_are_survived() {
+    survives(notify_all(notify_all(live_queues(0x10_0000, 0x10_0000, 0x10_0000))));
+}
+
+#[test]
+fn descriptors_that_loop_or_lead_nowhere_are_survived() {
+    let (table, avail, used) = (0x30_0000, 0x30_1000, 0x30_2000);
+    // Descriptor 0 follows itself for ever; 1 is 4 GiB long at the end of RAM; 2 is empty.
+    let descriptors =
+        [(0x30_4000, 44, 1, 0), (0x7ff_fff0, 0xffff_ffff, 0, 0), (0x30_5000, 0, 2, 0)];
+    let mut guest = Guest::new();
+    for (i, (address, len, flags, next)) in (0..).zip(descriptors) {
+        let at = table + 16 * i;
+        guest = guest
+            .store(at, address)
+            .store(at + 4, 0)
+            .store(at + 8, len)
+            .store(at + 12, flags | next << 16);
+    }
+    // All three, and heads that do not exist.
+    guest = guest.store(avail, 6 << 16).store(avail + 4, 1 << 16).store(avail + 8, 0xffff_0002);
+    let live = live_queues(table, avail, used);
+    survives(notify_all(Guest::new().raw(&guest_code(&guest)).raw(&guest_code(&live))));
+}
+
+#[test]
+fn an_available_index_that_jumps_is_survived() {
+    let (table, avail, used) = (0x30_0000, 0x30_1000, 0x30_2000);
+    let guest = live_queues(table, avail, used).store(avail, 0xffff_0000);
+    survives(notify_all(notify_all(guest).store(avail, 0x0001_0000)));
+}
+
+/// The instructions alone: behind the headers, the note and 16 zero bytes of the file.
+fn guest_code(guest: &Guest) -> Vec<u8> {
+    let elf = guest.elf();
+    elf[64 + 2 * 56 + 20 + 16..].to_vec()
+}

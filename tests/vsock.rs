@@ -1,0 +1,153 @@
+//! Host clients and the guest over vsock, in Firecracker's socket convention.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+
+use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
+
+use crate::harness::{cleanslate, eventually, finish, signal, temp_dir};
+
+/// A machine that is kept running for clients of its socket.
+struct Held {
+    child: Child,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Held {
+    fn start() -> Self {
+        let dir = temp_dir();
+        let path = dir.path().join("vsock");
+        let arguments = ["run", "--hold", "--uds", path.to_str().unwrap()];
+        let child = cleanslate(&arguments).spawn().unwrap();
+        eventually("the socket exists", || path.exists());
+        Self { child, path, _dir: dir }
+    }
+
+    /// Ends the machine as Ctrl-C does.
+    fn end(self) {
+        signal(&self.child, rustix::process::Signal::INT);
+        finish(self.child, "cleanslate run --hold".into())
+            .expect_status(0)
+            .expect_stdout("clean: 1 life, no findings");
+        assert!(!self.path.exists(), "the socket was left behind");
+    }
+}
+
+/// Connects as any client of the convention does, and returns the connection and the answer.
+fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut stream = BufReader::new(stream);
+    let mut answer = String::new();
+    stream.read_line(&mut answer).unwrap();
+    (stream, answer)
+}
+
+fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
+    let mut prefix = [0; frame::PREFIX_LEN];
+    stream.read_exact(&mut prefix).unwrap();
+    let mut bytes = prefix.to_vec();
+    bytes.resize(frame::total_len(&prefix).unwrap().unwrap(), 0);
+    stream.read_exact(&mut bytes[frame::PREFIX_LEN..]).unwrap();
+    frame::decode(&bytes).unwrap().unwrap().0
+}
+
+fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
+    stream.get_mut().write_all(&frame::encode(request).unwrap()).unwrap();
+    receive(stream)
+}
+
+#[test]
+fn a_client_connects_and_talks_to_the_agent() {
+    let machine = Held::start();
+    let (mut stream, answer) = connect(&machine.path, AGENT_PORT);
+    assert!(answer.starts_with("OK "), "{answer:?}");
+    assert_eq!(receive::<Hello>(&mut stream).version, PROTOCOL_VERSION);
+    assert_eq!(ask(&mut stream, &Request::Ping(7)), Reply::Pong(7));
+    machine.end();
+}
+
+#[test]
+fn bytes_of_every_size_come_back_unchanged() {
+    let machine = Held::start();
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    for size in [0, 1, 63, 64, 4095, 4096, 65_537, 200_000] {
+        let bytes: Vec<u8> = (0..size).map(|i| (i * 7 % 251) as u8).collect();
+        assert!(
+            ask(&mut stream, &Request::Echo(bytes.clone())) == Reply::Echo(bytes),
+            "{size} bytes changed"
+        );
+    }
+    machine.end();
+}
+
+#[test]
+fn many_clients_are_served_beside_each_other() {
+    let machine = Held::start();
+    let mut streams: Vec<_> = (0..20).map(|_| connect(&machine.path, AGENT_PORT).0).collect();
+    streams
+        .iter_mut()
+        .for_each(|stream| assert_eq!(receive::<Hello>(stream).version, PROTOCOL_VERSION));
+    for (number, stream) in (0..).zip(&mut streams) {
+        assert_eq!(ask(stream, &Request::Ping(number)), Reply::Pong(number));
+    }
+    machine.end();
+}
+
+#[test]
+fn a_port_without_listener_is_refused_by_closing() {
+    let machine = Held::start();
+    let (_, answer) = connect(&machine.path, 4242);
+    assert_eq!(answer, "");
+    machine.end();
+}
+
+#[test]
+fn clients_that_speak_nonsense_or_vanish_disturb_nobody() {
+    let machine = Held::start();
+    for junk in
+        [&b"HELLO\n"[..], b"CONNECT\n", b"CONNECT x\n", b"CONNECT 99999999999\n", &[0xff; 5000]]
+    {
+        let mut stream = UnixStream::connect(&machine.path).unwrap();
+        let _ = stream.write_all(junk);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert_eq!(answer, b"", "{junk:?}");
+    }
+    drop(UnixStream::connect(&machine.path).unwrap());
+    let mut half = UnixStream::connect(&machine.path).unwrap();
+    half.write_all(b"CONN").unwrap();
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    stream.get_mut().write_all(&[0xff; 64]).unwrap();
+    let mut rest = Vec::new();
+    assert!(matches!(stream.read_to_end(&mut rest), Ok(_) | Err(_)) && rest.is_empty());
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    assert_eq!(ask(&mut stream, &Request::Ping(1)), Reply::Pong(1));
+    machine.end();
+}
+
+#[test]
+fn a_reset_drops_open_connections() {
+    let machine = Held::start();
+    let (mut bystander, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut bystander);
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    let reset = Request::Reset(agent_protocol::GuestReset::Cf9);
+    stream.get_mut().write_all(&frame::encode(&reset).unwrap()).unwrap();
+    for mut stream in [stream, bystander] {
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        assert_eq!(rest, b"");
+    }
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    assert_eq!(receive::<Hello>(&mut stream).life, 2);
+    machine.end();
+}
