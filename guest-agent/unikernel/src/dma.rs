@@ -4,8 +4,8 @@
 
 mod buffer;
 mod hal;
+pub mod pools;
 mod queue;
 
-pub use buffer::Pool;
 pub use hal::report;
 pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};

@@ -58,6 +58,7 @@ impl Agent {
 
     /// What a kernel says and checks while it boots. The first connection is greeted before, to be greeted early; nothing
     /// is answered before.
+    #[inline(never)]
     pub fn finish_boot(&mut self) {
         if self.pmu.is_some() {
             return;
@@ -73,6 +74,7 @@ impl Agent {
     }
 
     /// The report of this life so far.
+    #[inline(never)]
     pub fn report(&mut self) -> Report {
         self.finish_boot();
         let nmis = records::nmis();

@@ -7,6 +7,7 @@
 extern crate alloc;
 
 pub mod dma_tracker;
+pub mod json;
 pub mod kernel_log;
 pub mod nmi;
 pub mod params;

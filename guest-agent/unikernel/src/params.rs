@@ -1,6 +1,8 @@
 //! The kernel command line: which devices there are and what the agent is to do. Untrusted text: whatever does not
 //! parse is ignored, as Linux ignores parameters that it does not know.
 
+use alloc::vec::Vec;
+
 use agent_protocol::Cause;
 
 /// More devices than any monitor gives to this agent.
@@ -40,7 +42,7 @@ pub struct Params {
     pub acpi_reset: Option<PortWrite>,
     /// `agent.acpi_poweroff=PORT:VALUE`.
     pub acpi_poweroff: Option<PortWrite>,
-    devices: [Option<VirtioDevice>; MAX_DEVICES],
+    devices: Vec<VirtioDevice>,
 }
 
 impl Params {
@@ -64,13 +66,14 @@ impl Params {
 
     /// The devices in the order of the command line.
     pub fn devices(&self) -> impl Iterator<Item = VirtioDevice> + '_ {
-        self.devices.iter().flatten().copied()
+        self.devices.iter().copied()
     }
 
     fn add_device(&mut self, value: &str) {
-        let free = self.devices.iter_mut().find(|slot| slot.is_none());
-        if let (Some(slot), Some(device)) = (free, parse_device(value)) {
-            *slot = Some(device);
+        if let Some(device) = parse_device(value)
+            && self.devices.len() < MAX_DEVICES
+        {
+            self.devices.push(device);
         }
     }
 }

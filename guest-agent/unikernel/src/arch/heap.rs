@@ -10,9 +10,10 @@ const SIZE: usize = 8 << 20;
 #[global_allocator]
 static HEAP: LockedHeap = LockedHeap::empty();
 
-#[repr(C, align(4096))]
+#[repr(C, align(64))]
 struct Arena(MaybeUninit<[u8; SIZE]>);
 
+#[unsafe(link_section = ".bss.arena")]
 static mut ARENA: Arena = Arena(MaybeUninit::uninit());
 
 /// Gives the arena to the allocator. To be called once, before the first allocation.

@@ -129,7 +129,7 @@ io_permissions:
     .byte 0xff
 io_permissions_end:
 
-.section .bss.stacks, "aw", @nobits
+.section .bss.large.stacks, "aw", @nobits
 .balign 64
     .skip 16384
 fatal_stack_end:

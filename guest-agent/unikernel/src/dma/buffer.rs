@@ -25,9 +25,11 @@ impl<const LEN: usize> DmaBuffer<LEN> {
 }
 
 /// The buffers of one queue, in static memory, to be taken once.
+#[repr(C)]
 pub struct Pool<const COUNT: usize, const LEN: usize> {
-    buffers: UnsafeCell<[DmaBuffer<LEN>; COUNT]>,
+    /// Ahead of the buffers, in a cache line of its own, where taking them touches no other page than the first.
     taken: AtomicBool,
+    buffers: UnsafeCell<[DmaBuffer<LEN>; COUNT]>,
 }
 
 // SAFETY: `take` hands the buffers out once, so two threads never reach them.

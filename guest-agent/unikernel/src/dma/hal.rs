@@ -17,6 +17,7 @@ struct RingPages(UnsafeCell<[[u8; PAGE_SIZE]; RING_PAGES]>);
 // SAFETY: nothing here reads or writes the pages; `dma_alloc` gives each to one queue.
 unsafe impl Sync for RingPages {}
 
+#[unsafe(link_section = ".bss.large.rings")]
 static RINGS: RingPages = RingPages(UnsafeCell::new([[0; PAGE_SIZE]; RING_PAGES]));
 static RINGS_USED: AtomicUsize = AtomicUsize::new(0);
 

@@ -1,5 +1,6 @@
 //! Virtqueues that own their buffers, so that no one else can touch a buffer that is the device's.
 
+use alloc::boxed::Box;
 use core::sync::atomic::{Ordering, fence};
 
 use virtio_drivers::Result;
@@ -16,8 +17,8 @@ pub struct BrokenQueue;
 /// A buffer in the device's hands.
 #[derive(Clone, Copy)]
 struct Posted {
-    slot: usize,
-    len: usize,
+    slot: u8,
+    len: u16,
 }
 
 /// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
@@ -30,20 +31,25 @@ struct Slots<const SIZE: usize, const LEN: usize> {
 }
 
 impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
+    const SIZES_FIT: () = assert!(SIZE <= 1 << 8 && LEN <= u16::MAX as usize);
+
+    /// Boxed and not inlined: three queues in one frame would spread the stack over pages that are never used again.
+    #[inline(never)]
     fn new(
         transport: &mut impl Transport,
         index: u16,
         pool: &'static Pool<SIZE, LEN>,
-    ) -> Result<Self> {
+    ) -> Result<Box<Self>> {
+        let () = Self::SIZES_FIT;
         // No event index: `VirtQueue::should_notify` compares it without wrapping and would lose a notification once
         // in 65,536 packets. The flags do as well.
         let ring = VirtQueue::new(transport, index, false, false)?;
-        Ok(Self { ring, index, buffers: pool.take(), posted: [None; SIZE] })
+        Ok(Box::new(Self { ring, index, buffers: pool.take(), posted: [None; SIZE] }))
     }
 
     /// Gives the first `len` bytes of a buffer to the device, to be written or to be read.
-    fn post(&mut self, slot: usize, len: usize, device_writes: bool) -> Result {
-        let buffer = &mut self.buffers[slot].bytes_mut()[..len];
+    fn post(&mut self, slot: u8, len: u16, device_writes: bool) -> Result {
+        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)];
         // SAFETY: the buffer is static and, being `posted` from here on, not touched before `pop`.
         let token = unsafe {
             if device_writes {
@@ -61,7 +67,7 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
         let Some(token) = self.ring.peek_used() else { return Ok(None) };
         let entry = self.posted.get_mut(usize::from(token)).ok_or(BrokenQueue)?;
         let Posted { slot, len } = entry.take().ok_or(BrokenQueue)?;
-        let buffer = &mut self.buffers[slot].bytes_mut()[..len];
+        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)];
         // SAFETY: `posted` had these bytes under this token, so they are what `add` was given.
         let written = unsafe {
             if device_writes {
@@ -70,10 +76,9 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
                 self.ring.pop_used(token, &[buffer], &mut [])
             }
         };
+        let written = written.ok().and_then(|written| u16::try_from(written).ok());
         match written {
-            Ok(written) if written as usize <= len => {
-                Ok(Some(Posted { slot, len: written as usize }))
-            }
+            Some(written) if written <= len => Ok(Some(Posted { slot, len: written })),
             _ => Err(BrokenQueue),
         }
     }
@@ -88,7 +93,7 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
 }
 
 /// A queue on which the device gives data to the guest. Its buffers are always posted.
-pub struct ToGuestQueue<const SIZE: usize, const LEN: usize>(Slots<SIZE, LEN>);
+pub struct ToGuestQueue<const SIZE: usize, const LEN: usize>(Box<Slots<SIZE, LEN>>);
 
 impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
     /// Sets the queue up and posts all buffers; the device learns of them by [`Self::notify`].
@@ -102,7 +107,7 @@ impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
     ) -> Result<Self> {
         let mut slots = Slots::new(transport, index, pool)?;
         for slot in 0..SIZE {
-            slots.post(slot, LEN, true)?;
+            slots.post(slot as u8, LEN as u16, true)?;
         }
         Ok(Self(slots))
     }
@@ -116,8 +121,8 @@ impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
         read: impl FnOnce(&[u8]) -> T,
     ) -> core::result::Result<Option<T>, BrokenQueue> {
         let Some(Posted { slot, len }) = self.0.pop(true)? else { return Ok(None) };
-        let result = read(&self.0.buffers[slot].bytes_mut()[..len]);
-        self.0.post(slot, LEN, true).map_err(|_| BrokenQueue)?;
+        let result = read(&self.0.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)]);
+        self.0.post(slot, LEN as u16, true).map_err(|_| BrokenQueue)?;
         Ok(Some(result))
     }
 
@@ -139,7 +144,7 @@ impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
 
 /// A queue on which the guest gives data to the device.
 pub struct ToHostQueue<const SIZE: usize, const LEN: usize> {
-    slots: Slots<SIZE, LEN>,
+    slots: Box<Slots<SIZE, LEN>>,
     busy: [bool; SIZE],
 }
 
@@ -168,13 +173,13 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
         mut write: impl FnMut(&mut [u8]) -> Option<usize>,
     ) -> core::result::Result<(), BrokenQueue> {
         while let Some(Posted { slot, .. }) = self.slots.pop(false)? {
-            self.busy[slot] = false;
+            self.busy[usize::from(slot)] = false;
         }
         let mut sent = false;
         while let Some(slot) = self.busy.iter().position(|busy| !busy)
             && let Some(len) = write(self.slots.buffers[slot].bytes_mut())
         {
-            self.slots.post(slot, len, false).map_err(|_| BrokenQueue)?;
+            self.slots.post(slot as u8, len as u16, false).map_err(|_| BrokenQueue)?;
             self.busy[slot] = true;
             sent = true;
         }

@@ -3,34 +3,24 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
-use agent::vsock::{HEADER_LEN, Listener};
+use agent::vsock::{Answer, Listener};
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
 use super::MmioTransport;
 use crate::arch::{gate, records};
-use crate::dma::{BrokenQueue, Pool, ToGuestQueue, ToHostQueue};
+use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
+use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
 
 const TO_GUEST: u16 = 0;
 const TO_HOST: u16 = 1;
 const EVENT: u16 = 2;
 
-/// A page of payload and its header, in whole cache lines.
-const PACKET_LEN: usize = 4096 + HEADER_LEN.next_multiple_of(64);
-const TO_GUEST_PACKETS: usize = 32;
-const TO_HOST_PACKETS: usize = 16;
-const EVENTS: usize = 8;
-/// An event has four bytes; a cache line of its own keeps the device's writes apart from everything else.
-const EVENT_LEN: usize = 64;
 const TRANSPORT_RESET: u32 = 0;
 
 const VERSION_1: u64 = 1 << 32;
 
 /// How often to look at the rings before sleeping: some 30 us, about what going to sleep and waking up costs.
 const POLLS: u32 = 1500;
-
-static TO_GUEST_POOL: Pool<TO_GUEST_PACKETS, PACKET_LEN> = Pool::new();
-static TO_HOST_POOL: Pool<TO_HOST_PACKETS, PACKET_LEN> = Pool::new();
-static EVENT_POOL: Pool<EVENTS, EVENT_LEN> = Pool::new();
 
 /// Why there is no vsock.
 #[derive(Clone, Copy, Debug)]
@@ -78,9 +68,9 @@ impl VsockDevice {
         if !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
             return Err(StartError::Features);
         }
-        let to_guest = ToGuestQueue::new(&mut transport, TO_GUEST, &TO_GUEST_POOL);
-        let to_host = ToHostQueue::new(&mut transport, TO_HOST, &TO_HOST_POOL);
-        let events = ToGuestQueue::new(&mut transport, EVENT, &EVENT_POOL);
+        let to_guest = ToGuestQueue::new(&mut transport, TO_GUEST, &pools::TO_GUEST);
+        let to_host = ToHostQueue::new(&mut transport, TO_HOST, &pools::TO_HOST);
+        let events = ToGuestQueue::new(&mut transport, EVENT, &pools::EVENT);
         let mut device = Self {
             to_guest: to_guest.map_err(StartError::Queue)?,
             to_host: to_host.map_err(StartError::Queue)?,
@@ -111,7 +101,7 @@ impl VsockDevice {
     pub fn receive(
         &mut self,
         listener: &mut Listener,
-        agent: &mut impl agent::vsock::Answer,
+        agent: &mut impl Answer,
     ) -> Result<(), BrokenQueue> {
         let mut event = None;
         while let Some(id) = self.events.take(|bytes| bytes.first_chunk().copied())? {
