@@ -83,7 +83,9 @@ fn serve(mut device: VsockDevice, mut agent: Agent) -> ! {
             if listener.has_connections() {
                 agent.finish_boot();
             }
-            listener.serve(&mut agent);
+            while listener.serve(&mut agent) {
+                device.send(&mut listener)?;
+            }
             device.send(&mut listener)
         });
         if round.is_err() {

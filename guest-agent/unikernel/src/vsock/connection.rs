@@ -85,15 +85,16 @@ impl Connection {
     }
 
     /// Answers what has come in, unless a reply is still waiting for credit: then the host has to wait as well.
-    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<(), FrameError> {
+    /// Returns whether there is a reply now that was not there before.
+    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<bool, FrameError> {
         if !self.outbox.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         self.outbox = answer_frames(&mut self.inbox, agent)?;
         if self.outbox.is_empty() {
             self.credit.forward_all();
         }
-        Ok(())
+        Ok(!self.outbox.is_empty())
     }
 
     /// The next packet to send, its payload already in `buffer`.

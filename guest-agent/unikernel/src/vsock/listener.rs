@@ -75,14 +75,20 @@ impl Listener {
         }
     }
 
-    /// Answers all complete requests that can be answered now.
-    pub fn serve(&mut self, agent: &mut impl Answer) {
+    /// Answers one request of each connection that has no reply waiting. Returns whether there are new replies; when they
+    /// are sent, pipelined requests may be next.
+    pub fn serve(&mut self, agent: &mut impl Answer) -> bool {
+        let mut answered = false;
         for at in (0..self.connections.len()).rev() {
-            if let Err(error) = self.connections[at].serve(agent) {
-                agent.warn(format!("vsock: {error}, connection closed"));
-                self.close(at);
+            match self.connections[at].serve(agent) {
+                Ok(new_reply) => answered |= new_reply,
+                Err(error) => {
+                    agent.warn(format!("vsock: {error}, connection closed"));
+                    self.close(at);
+                }
             }
         }
+        answered
     }
 
     /// Writes the next packet for the host into `buffer`; returns its length.

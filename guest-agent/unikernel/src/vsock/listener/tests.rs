@@ -111,6 +111,7 @@ fn requests_may_be_split_and_pipelined() {
     host.packets();
     host.send(Operation::Rw, &bytes.concat());
     host.packets();
+    assert!(!host.listener.serve(&mut host.agent), "everything is answered");
     let mut at = 0;
     for number in [1, 2, 1, 2] {
         let (reply, used) = frame::decode::<Reply>(&host.bytes[at..]).unwrap().unwrap();
