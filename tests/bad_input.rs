@@ -77,7 +77,7 @@ fn a_socket_path_in_use_is_refused_and_left_alone() {
 #[test]
 fn a_socket_path_that_no_socket_can_have_is_refused() {
     let long = format!("/tmp/{}", "x".repeat(200));
-    refused(run(&["run", "--uds", &long]), "too long");
+    refused(run(&["run", "--uds", &long]), "the path has 205 bytes and may have at most 107");
     refused(run(&["run", "--uds", "/no/such/directory/vsock"]), "/no/such/directory/vsock");
 }
 

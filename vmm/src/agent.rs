@@ -71,24 +71,14 @@ impl Agent {
         }
     }
 
-    /// Sends `bytes` there and back.
-    ///
-    /// # Errors
-    /// [`AgentError`]; [`FrameError::TooLong`] for more than a frame holds.
-    pub fn echo(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>, AgentError> {
-        match self.ask(&Request::Echo(bytes))? {
-            Reply::Echo(bytes) => Ok(bytes),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Has the guest send itself an NMI; true if its handler saw it.
+    /// Waits for a sign of life.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn nmi_self_test(&mut self) -> Result<bool, AgentError> {
-        match self.ask(&Request::NmiSelfTest)? {
-            Reply::NmiSelfTest { delivered } => Ok(delivered),
+    pub fn ping(&mut self) -> Result<(), AgentError> {
+        const NUMBER: u64 = 0x70_696e_6721;
+        match self.ask(&Request::Ping(NUMBER))? {
+            Reply::Pong(NUMBER) => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
@@ -99,14 +89,6 @@ impl Agent {
     /// [`AgentError`] if the request could not be sent.
     pub fn reset(&mut self, reset: GuestReset) -> Result<(), AgentError> {
         self.send(&Request::Reset(reset))
-    }
-
-    /// Has the guest turn its machine off.
-    ///
-    /// # Errors
-    /// [`AgentError`] if the request could not be sent.
-    pub fn power_off(&mut self) -> Result<(), AgentError> {
-        self.send(&Request::PowerOff)
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, AgentError> {

@@ -115,7 +115,7 @@ impl Leader<'_> {
         record.hello_us = Some(began.elapsed().as_micros() as u64);
         if record.life == 1 {
             for _ in 0..self.plan.nmis {
-                self.inject_nmi()?;
+                self.inject_nmi(&mut agent)?;
             }
         }
         record.report = Some(self.report(&mut agent)?);
@@ -137,10 +137,13 @@ impl Leader<'_> {
         agent.report().map_err(|error| self.explain(error, FailureKind::NoReport))
     }
 
-    fn inject_nmi(&self) -> Result<(), Trouble> {
+    /// Injects one NMI and waits until the guest has run on: a second one could otherwise join the first.
+    fn inject_nmi(&self, agent: &mut Agent) -> Result<(), Trouble> {
         self.machine.inject_nmi();
         match self.machine.next_event(self.plan.timeout) {
-            Some(Event::Nmi { delivered: true }) => Ok(()),
+            Some(Event::Nmi { delivered: true }) => {
+                agent.ping().map_err(|error| self.explain(error, FailureKind::NoReport))
+            }
             Some(Event::Nmi { delivered: false }) => Err(LifecycleError::NmiMasked.into()),
             Some(event) => Err(self.unexpected(event)),
             None => Err(self.failure(FailureKind::NoReport, "the vCPU took no NMI".into())),

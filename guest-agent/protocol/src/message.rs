@@ -40,6 +40,7 @@ pub enum Request {
 }
 
 /// What the agent answers.
+#[expect(clippy::large_enum_variant, reason = "one reply exists at a time, and is encoded at once")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
     /// To [`Request::GetReport`].

@@ -1,4 +1,4 @@
-//! Builds a machine and lets it run. What takes KVM or the kernel long is done beside the rest.
+//! Builds a machine and lets it run.
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, channel};
@@ -33,13 +33,8 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let kvm = Arc::new(kvm::open()?);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     let kind = KvmKind::detect();
-    // Getting the supported CPUID is a third of the time that KVM needs to build a machine; it needs nothing of it.
-    let (supported, built) = std::thread::scope(|scope| {
-        let supported = scope.spawn(|| cpuid::supported(&kvm, kind, config.pmu));
-        let built = build_vm(config, &kvm, kind, vcpu_count);
-        (supported.join().expect("the CPUID thread does not panic"), built)
-    });
-    let (supported, Built { vm, memory, entry }) = (supported?, built?);
+    let supported = cpuid::supported(&kvm, kind, config.pmu)?;
+    let Built { vm, memory, entry } = build_vm(config, &kvm, kind, vcpu_count)?;
 
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);

@@ -33,9 +33,9 @@ impl Machine {
                 &life_command_line(base, self.life, cause),
             )?;
         }
-        // The listener learns of it first: it may want to connect while the guest boots.
-        let _ = self.events.send(Event::Reset { life: self.life, cause, at });
         self.run_vcpus();
+        // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
+        let _ = self.events.send(Event::Reset { life: self.life, cause, at });
         Ok(())
     }
 

@@ -99,8 +99,13 @@ impl VcpuThread {
 
     /// Asks the vCPU to park; [`VcpuThread::wait_parked`] waits for it.
     pub fn request_park(&self) {
-        self.control.lock().order = Order::Park;
-        self.kick();
+        let mut state = self.control.lock();
+        state.order = Order::Park;
+        let parked = state.parked;
+        drop(state);
+        if !parked {
+            self.kick();
+        }
     }
 
     /// Waits until the vCPU is parked and has no exit to complete. Bounded by the time of one exit, since the kick is
@@ -194,7 +199,7 @@ impl Runner {
                     Err(error) => VcpuStop::Failed(error),
                 };
                 drop(vcpu);
-                self.control.lock().order = Order::Park;
+                self.park_itself();
                 let message = Message::VcpuStopped(at, stop);
                 if self.surroundings.outbox.send(message).is_ok() {
                     let _ = self.surroundings.wake.write(1);
@@ -219,6 +224,17 @@ impl Runner {
                 }
             }
         }
+    }
+
+    /// From here on the thread runs no guest code before it is told to, so whoever gets its message need not kick it.
+    fn park_itself(&self) {
+        let mut state = self.control.lock();
+        // An order to end stands.
+        if state.order == Order::Run {
+            state.order = Order::Park;
+        }
+        state.parked = true;
+        self.control.changed.notify_all();
     }
 
     fn queue_nmi(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
