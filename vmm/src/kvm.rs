@@ -1,13 +1,14 @@
 //! KVM behind types of our own: the only modules that name the KVM crates.
 //!
-//! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `cpuid` and `pmu` what the guest may know,
-//! `irq` how devices reach it, `host` what this host is.
+//! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `cpuid` and `pmu` what
+//! the guest may know, `irq` how devices reach it, `host` what this host is.
 
 pub mod cpuid;
 pub mod host;
 pub mod irq;
 pub mod pmu;
 pub mod state;
+pub mod tsc;
 pub mod vcpu;
 pub mod vm;
 

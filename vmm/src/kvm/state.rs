@@ -13,7 +13,9 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::KvmError;
 use super::pmu;
+use super::tsc::TscOffset;
 
+/// Set back by its offset; see `tsc`.
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Registers by which a guest tells KVM to write into its RAM, with the value that stops it (Linux
@@ -54,7 +56,7 @@ pub struct PowerOnState {
     events: kvm_vcpu_events,
     pv: Vec<kvm_msr_entry>,
     msrs: Vec<kvm_msr_entry>,
-    tsc: Vec<kvm_msr_entry>,
+    deadline: Vec<kvm_msr_entry>,
     pmu: Vec<kvm_msr_entry>,
 }
 
@@ -92,17 +94,17 @@ impl PowerOnState {
             events: no_events(kvm),
             pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
             msrs: read_msrs(vcpu, &generic)?,
-            // Writing 0 would mean "synchronize with the other vCPUs" to KVM; 1 means 1.
-            tsc: vec![entry(&(MSR_TSC, 1)), entry(&(MSR_TSC_DEADLINE, 0))],
+            deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
             pmu: sequence.iter().map(entry).collect(),
         })
     }
 
-    /// Puts everything back. The vCPU does not run and has no exit to complete.
+    /// Puts everything back; the time stamp counter starts by `tsc`, the same for all vCPUs of a machine. The vCPU does not
+    /// run and has no exit to complete.
     ///
     /// # Errors
     /// [`KvmError`]; the vCPU is then half of either life and its machine must be dropped.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+    pub fn restore(&self, vcpu: &VcpuFd, tsc: TscOffset) -> Result<(), KvmError> {
         // First of all, KVM forgets where in RAM it was to write clocks and flags.
         write_msrs(vcpu, &self.pv)?;
         // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME or
@@ -118,7 +120,8 @@ impl PowerOnState {
             .map_err(KvmError::request("put back the debug registers"))?;
         write_msrs(vcpu, &self.msrs)?;
         // The deadline needs the APIC's timer mode, so after the APIC.
-        write_msrs(vcpu, &self.tsc)?;
+        tsc.apply(vcpu)?;
+        write_msrs(vcpu, &self.deadline)?;
         write_msrs(vcpu, &self.pmu)?;
         // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
         vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::KvmError;
 use super::pmu::PmuPolicy;
 use super::state::PowerOnState;
+use super::tsc::TscOffset;
 use crate::boot::Entry;
 use crate::layout;
 use crate::memory::GuestRam;
@@ -121,12 +122,20 @@ impl Vcpu {
         PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu == PmuPolicy::Host)
     }
 
+    /// The offset with which the time stamp counter would start at zero now.
+    ///
+    /// # Errors
+    /// See [`TscOffset::from_now`].
+    pub fn zero_tsc(&self) -> Result<TscOffset, KvmError> {
+        TscOffset::from_now(&self.fd)
+    }
+
     /// Puts back the state at power-on.
     ///
     /// # Errors
     /// See [`PowerOnState::restore`].
-    pub fn reset(&self, state: &PowerOnState) -> Result<(), KvmError> {
-        state.restore(&self.fd)
+    pub fn reset(&self, state: &PowerOnState, tsc: TscOffset) -> Result<(), KvmError> {
+        state.restore(&self.fd, tsc)
     }
 
     /// Runs the guest until it needs something.

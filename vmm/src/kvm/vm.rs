@@ -116,8 +116,8 @@ impl Vm {
     }
 }
 
-/// The largest number of vCPUs that KVM recommends for one machine and that 8-bit APIC numbers can tell apart.
+/// The most vCPUs that KVM gives one machine and that 8-bit APIC numbers can tell apart.
 pub fn max_vcpus(kvm: &Kvm) -> u8 {
     // 0xff is the broadcast number.
-    kvm.get_nr_vcpus().clamp(1, 254) as u8
+    kvm.get_max_vcpus().clamp(1, 254) as u8
 }

@@ -56,7 +56,9 @@ pub enum ConfigError {
     #[error("--mem {0} MiB is not between {MIN_MEM_MIB} and {MAX_MEM_MIB} MiB")]
     Memory(u64),
     /// No or too many vCPUs.
-    #[error("--vcpus {wanted} is not between 1 and {max}, the most that this KVM runs well")]
+    #[error(
+        "--vcpus {wanted} is not between 1 and {max}, the most that this KVM gives one machine"
+    )]
     Vcpus {
         /// The wish.
         wanted: u32,

@@ -19,8 +19,9 @@ impl Machine {
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
         self.devices.reset();
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
+        let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
         for (thread, power_on) in &self.vcpus {
-            thread.vcpu().reset(power_on)?;
+            thread.vcpu().reset(power_on, tsc)?;
         }
         self.vm.reset_clock()?;
         // 4. With nobody left to write to it, RAM is the template again.
