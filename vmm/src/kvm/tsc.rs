@@ -15,7 +15,6 @@ const MSR_TSC: u32 = 0x10;
 use request::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
 
 /// Request numbers; kvm-ioctls has them for other architectures alone.
-#[expect(missing_docs, reason = "the macro makes functions that cannot be documented")]
 mod request {
     use kvm_bindings::{KVMIO, kvm_device_attr};
     use vmm_sys_util::ioctl_iow_nr;
