@@ -27,7 +27,7 @@ pub struct Agent {
     nmi_account: NmiAccount,
     pmu: Option<PmuReport>,
     timings: Timings,
-    register_accesses: u32,
+    register_accesses: usize,
 }
 
 impl Agent {
@@ -51,7 +51,7 @@ impl Agent {
     }
 
     /// Notes that the vsock driver is ready and what it took.
-    pub fn set_ready(&mut self, register_accesses: u32) {
+    pub fn set_ready(&mut self, register_accesses: usize) {
         self.timings.tsc_ready = tsc::now();
         self.register_accesses = register_accesses;
     }

@@ -1,6 +1,6 @@
 //! The I/O APIC (82093AA): routes a device's pin to the device vector, edge-triggered, to the boot CPU.
 
-use crate::arch::mmio::Registers;
+use crate::arch::mmio::{Batch, Registers};
 use crate::arch::nucleus::DEVICE_VECTOR;
 
 const BASE: u64 = 0xfec0_0000;
@@ -10,13 +10,13 @@ const WINDOW: u64 = 0x10;
 const REDIRECTION: u32 = 0x10;
 const PINS: u8 = 24;
 
-/// Routes a pin. Without an I/O APIC or such a pin, nothing happens and the agent only polls when it is awake anyway.
-pub fn route(pin: u8) {
+/// Adds the routing of a pin. Without such a pin, nothing is added and the agent only polls when it is awake anyway.
+pub fn route(pin: u8, batch: &mut Batch) {
     let Some(registers) = Registers::at(BASE, 0x20).filter(|_| pin < PINS) else { return };
     let entry = REDIRECTION + 2 * u32::from(pin);
     // Upper half first: the lower one unmasks. Physical destination 0; fixed delivery, edge, active high.
     for (register, value) in [(entry + 1, 0), (entry, u32::from(DEVICE_VECTOR))] {
-        registers.write(SELECT, register);
-        registers.write(WINDOW, value);
+        batch.write(registers.address(SELECT), register);
+        batch.write(registers.address(WINDOW), value);
     }
 }

@@ -60,8 +60,7 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
         let registers = Registers::at(device.base, device.size)?;
         Some((device.irq, MmioTransport::find(registers, DeviceType::Socket)?))
     })?;
-    io_apic::route(irq);
-    match VsockDevice::start(transport) {
+    match VsockDevice::start(transport, irq) {
         Ok(device) => {
             agent.set_ready(device.register_accesses());
             Some(device)

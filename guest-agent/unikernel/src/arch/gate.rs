@@ -4,11 +4,17 @@
 use agent::pmu::{MsrOperation, Msrs};
 use agent_protocol::PmuCpuid;
 
+use super::mmio::{Access, RegisterAddress};
+
+/// Ring 0 cannot be interrupted during a batch, so it is kept short; setting up the largest device takes 40.
+const MAX_ACCESSES: usize = 64;
+
 /// What ring 0 does; the order is that of `gate_services` in gate.s.
 #[derive(Clone, Copy)]
 #[repr(u64)]
 enum Service {
     Wait,
+    Registers,
     Msrs,
     Cpuid,
     Tsc,
@@ -26,9 +32,26 @@ fn call(first: u64, second: u64, service: Service) -> u64 {
     unsafe { gate_call(first, second, service as u64) }
 }
 
-/// Sleeps until an interrupt has come in since the count `seen`; may also return early.
-pub fn wait_for_interrupt(seen: u32) {
-    call(u64::from(seen), 0, Service::Wait);
+/// Sleeps until an interrupt has come in since the count `seen`; may also return early. Then tells the device that the
+/// causes of all interrupts so far were handled.
+pub fn wait_for_interrupt(seen: u32, interrupt_ack: RegisterAddress) {
+    call(u64::from(seen), interrupt_ack.get().into(), Service::Wait);
+}
+
+/// Carries out register accesses in order.
+///
+/// # Panics
+/// If there are more than [`MAX_ACCESSES`].
+pub(super) fn access_registers(accesses: &mut [Access]) {
+    assert!(accesses.len() <= MAX_ACCESSES, "{} register accesses", accesses.len());
+    if accesses.is_empty() {
+        return;
+    }
+    for access in &mut *accesses {
+        access.aim();
+    }
+    // Of every access one address is that of a register, by `Registers`, and the other that of its own `value`.
+    call(accesses.as_mut_ptr() as u64, accesses.len() as u64, Service::Registers);
 }
 
 /// Ring 0's time-stamp counter.

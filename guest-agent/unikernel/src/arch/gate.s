@@ -21,10 +21,11 @@ trap_6:
 # In the order of `Service` in gate.rs, the only caller of gate_call.
 .balign 8
 gate_services:
-    .quad gate_wait, gate_msrs, gate_cpuid, gate_tsc, gate_triple, gate_stop
+    .quad gate_wait, gate_registers, gate_msrs, gate_cpuid, gate_tsc, gate_triple, gate_stop
 
-# rdi = the interrupt count last seen. Halts unless it has moved on. The end-of-interrupt belongs here, not in the
-# handler: while ring 3 is awake it polls, and must not be interrupted again.
+# rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
+# on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
+# again.
 gate_wait:
     cmpl irq_count, %edi
     jne 1f
@@ -34,7 +35,20 @@ gate_wait:
     wrmsr
     sti                             # takes effect after the next instruction: no wake-up is lost
     hlt
-1:  iretq
+1:  movl $3, (%rsi)                 # used buffers and configuration changes: the caller looks for both
+    iretq
+
+# rdi = an array of `Access`, rsi = how many; at least one. An access copies a 32-bit word between a register and the
+# array itself, so reads and writes need no branch: five instructions each.
+gate_registers:
+    movq %rdi, %rdx
+    movl %esi, %ecx
+1:  movl (%rdx), %esi
+    movl 4(%rdx), %edi
+    movsl
+    addq $20, %rdx
+    loop 1b
+    iretq
 
 # rdi, rsi = start and end of an array of `MsrOperation`; at least one.
 gate_msrs:
