@@ -10,4 +10,3 @@ mod ring_places;
 
 pub use hal::report;
 pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};
-pub use ring_places::RingPlaces;

@@ -27,12 +27,14 @@ pub struct Agent {
     nmi_account: NmiAccount,
     pmu: Option<PmuReport>,
     timings: Timings,
+    /// When ring 3 began.
+    entered: tsc::Native,
     register_accesses: usize,
 }
 
 impl Agent {
     /// An agent that has looked at nothing but its command line.
-    pub fn new(cmdline: String, params: Params, tsc_agent: u64) -> Self {
+    pub fn new(cmdline: String, params: Params, entered: tsc::Native) -> Self {
         let tsc_entry = records::boot().tsc_entry;
         Self {
             params,
@@ -40,7 +42,8 @@ impl Agent {
             log: KernelLog::new(),
             nmi_account: NmiAccount::default(),
             pmu: None,
-            timings: Timings { tsc_entry, tsc_agent, ..Timings::default() },
+            timings: Timings { tsc_entry, ..Timings::default() },
+            entered,
             register_accesses: 0,
         }
     }
@@ -65,6 +68,7 @@ impl Agent {
         }
         let facts = gate::cpu_facts();
         self.timings.tsc_khz = facts.tsc_khz;
+        self.timings.tsc_agent = self.entered.at_ring0();
         self.log_boot();
         let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
         for (level, text) in lines {

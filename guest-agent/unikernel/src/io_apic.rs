@@ -10,13 +10,15 @@ const WINDOW: u64 = 0x10;
 const REDIRECTION: u32 = 0x10;
 const PINS: u8 = 24;
 
-/// Adds the routing of a pin. Without such a pin, nothing is added and the agent only polls when it is awake anyway.
-pub fn route(pin: u8, batch: &mut Batch) {
+/// Routes a pin. Without an I/O APIC or such a pin, nothing happens and the agent only polls when it is awake anyway.
+pub fn route(pin: u8) {
     let Some(registers) = Registers::at(BASE, 0x20).filter(|_| pin < PINS) else { return };
     let entry = REDIRECTION + 2 * u32::from(pin);
+    let mut batch = Batch::with_capacity(4);
     // Upper half first: the lower one unmasks. Physical destination 0; fixed delivery, edge, active high.
     for (register, value) in [(entry + 1, 0), (entry, u32::from(DEVICE_VECTOR))] {
         batch.write(registers.address(SELECT), register);
         batch.write(registers.address(WINDOW), value);
     }
+    batch.run();
 }

@@ -35,13 +35,12 @@ use virtio::{MmioTransport, VsockDevice};
 
 /// Where ring 3 begins (tables.s).
 extern "C" fn agent_start() -> ! {
-    tsc::init();
-    let tsc_agent = tsc::now();
+    let agent_entered = tsc::Native::now();
     heap::init();
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);
     let serial_report = params.serial_report;
-    let mut agent = Agent::new(cmdline, params.clone(), tsc_agent);
+    let mut agent = Agent::new(cmdline, params.clone(), agent_entered);
     if serial_report {
         report_on_serial(&mut agent);
     }

@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 
-use super::gate;
+use super::{gate, tsc};
 
 const WINDOW: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
 
@@ -101,7 +101,8 @@ impl Batch {
 
     /// Does it.
     pub fn run(mut self) -> Done {
-        gate::access_registers(&mut self.0);
+        let ring0_tsc = gate::access_registers(&mut self.0);
+        tsc::calibrate(ring0_tsc);
         Done(self.0)
     }
 }

@@ -9,6 +9,7 @@ use virtio_drivers::queue::VirtQueue;
 use super::buffer::{DmaBuffer, Pool};
 use super::hal::AgentHal;
 use super::ring_places::RingPlaces;
+use crate::arch::virtio::QueueSetUp;
 
 /// The device broke the rules of the ring; the queue is of no more use.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +25,7 @@ struct Posted {
 /// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
 struct Slots<const SIZE: usize, const LEN: usize> {
     ring: VirtQueue<AgentHal, SIZE>,
-    places: RingPlaces,
+    set_up: QueueSetUp,
     buffers: &'static mut [DmaBuffer<LEN>; SIZE],
     /// By descriptor.
     posted: [Option<Posted>; SIZE],
@@ -41,7 +42,7 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
         // in 65,536 packets. The flags do as well.
         let mut places = RingPlaces::default();
         let ring = VirtQueue::new(&mut places, index, false, false)?;
-        Ok(Box::new(Self { ring, places, buffers: pool.take(), posted: [None; SIZE] }))
+        Ok(Box::new(Self { ring, set_up: places.0, buffers: pool.take(), posted: [None; SIZE] }))
     }
 
     /// Gives the first `len` bytes of a buffer to the device, to be written or to be read.
@@ -133,8 +134,8 @@ impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
     }
 
     /// What the device has to know of the queue.
-    pub fn places(&self) -> RingPlaces {
-        self.0.places
+    pub fn set_up(&self) -> QueueSetUp {
+        self.0.set_up
     }
 }
 
@@ -179,8 +180,8 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
     }
 
     /// What the device has to know of the queue.
-    pub fn places(&self) -> RingPlaces {
-        self.slots.places
+    pub fn set_up(&self) -> QueueSetUp {
+        self.slots.set_up
     }
 
     /// Whether every buffer waits for the device.

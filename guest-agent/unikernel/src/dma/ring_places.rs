@@ -5,20 +5,11 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{Error, PhysAddr, Result};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// What a device has to know of a queue.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RingPlaces {
-    /// Its number.
-    pub index: u16,
-    /// Its number of entries. Whether the device has room for as many is for the transport to check.
-    pub size: u32,
-    /// Descriptor table.
-    pub descriptors: u32,
-    /// Available ring.
-    pub driver_area: u32,
-    /// Used ring.
-    pub device_area: u32,
-}
+use crate::arch::virtio::QueueSetUp;
+
+/// What was written down.
+#[derive(Default)]
+pub(super) struct RingPlaces(pub QueueSetUp);
 
 /// A transport to a device with queues of any size, none of them set up: all that `VirtQueue::new` asks for.
 impl Transport for RingPlaces {
@@ -36,7 +27,7 @@ impl Transport for RingPlaces {
 
     fn queue_set(
         &mut self,
-        index: u16,
+        _: u16,
         size: u32,
         descriptors: PhysAddr,
         driver_area: PhysAddr,
@@ -44,7 +35,7 @@ impl Transport for RingPlaces {
     ) {
         let [descriptors, driver_area, device_area] = [descriptors, driver_area, device_area]
             .map(|place| u32::try_from(place).expect("the agent's memory lies below 4 GiB"));
-        *self = Self { index, size, descriptors, driver_area, device_area };
+        self.0 = QueueSetUp { size_max: 0, size, descriptors, driver_area, device_area };
     }
 
     fn device_type(&self) -> DeviceType {

@@ -1,39 +1,25 @@
-//! The virtio-mmio transport (virtio 1.3, section 4.2) with as few register accesses as the rules allow, and all of them
-//! in batches (see `arch::mmio`).
+//! The virtio-mmio transport (virtio 1.3, section 4.2) with as few register accesses as the rules allow, and all but
+//! notifications from ring 0 (see `arch::mmio` and `arch::virtio`).
 //!
 //! It is for a device that has just been reset: it neither asks whether a queue is in use nor writes the upper address
 //! halves, which a reset has cleared, since all memory lies below 4 GiB.
 
-use alloc::vec::Vec;
-
 use virtio_drivers::transport::{DeviceStatus, DeviceType};
 
 use crate::arch::mmio::{Batch, RegisterAddress, Registers};
-use crate::dma::RingPlaces;
-use crate::io_apic;
+use crate::arch::virtio::{QueueSetUp, VirtioSetUp};
 
 const MAGIC: u32 = 0x7472_6976;
 const MODERN: u32 = 2;
-/// What a set-up takes at most: three queues.
-const SETUP_ACCESSES: usize = 40;
 
 /// Register offsets, section 4.2.2.
 mod offset {
     pub const MAGIC: u64 = 0x000;
     pub const VERSION: u64 = 0x004;
     pub const DEVICE_ID: u64 = 0x008;
-    pub const DRIVER_FEATURES: u64 = 0x020;
-    pub const DRIVER_FEATURES_SELECT: u64 = 0x024;
-    pub const QUEUE_SELECT: u64 = 0x030;
-    pub const QUEUE_SIZE_MAX: u64 = 0x034;
-    pub const QUEUE_SIZE: u64 = 0x038;
-    pub const QUEUE_READY: u64 = 0x044;
     pub const QUEUE_NOTIFY: u64 = 0x050;
     pub const INTERRUPT_ACK: u64 = 0x064;
     pub const STATUS: u64 = 0x070;
-    pub const QUEUE_DESCRIPTORS: u64 = 0x080;
-    pub const QUEUE_DRIVER: u64 = 0x090;
-    pub const QUEUE_DEVICE: u64 = 0x0a0;
     pub const CONFIG: u64 = 0x100;
 }
 
@@ -68,66 +54,28 @@ impl MmioTransport {
         found.then_some(Self { registers, accesses: done.len() })
     }
 
-    /// Sets the device up (section 3.1.1), one status bit at a time as strict monitors want it, and its interrupts.
-    /// Returns the first word of its configuration space.
+    /// Sets the device up. Returns the first word of its configuration space.
     ///
-    /// All is written in one batch, and what the device answered is checked after it. A device that has refused
-    /// something finds FAILED in its status before it was ever told of a buffer by a notification.
+    /// All is written before what the device answers is checked. A device that has refused something finds FAILED in its
+    /// status before a notification ever told it of a buffer.
     ///
     /// # Errors
     /// If the device does not play along.
-    pub fn set_up(
-        &mut self,
-        features: u64,
-        irq: u8,
-        queues: &[RingPlaces],
-    ) -> Result<u32, SetupError> {
-        let mut batch = Batch::with_capacity(SETUP_ACCESSES);
-        let at = |offset| self.registers.address(offset);
-        let mut status = DeviceStatus::empty();
-        batch.write(at(offset::STATUS), status.bits());
-        for bit in [DeviceStatus::ACKNOWLEDGE, DeviceStatus::DRIVER] {
-            status |= bit;
-            batch.write(at(offset::STATUS), status.bits());
-        }
-        for (select, word) in [(0, features as u32), (1, (features >> 32) as u32)] {
-            // A word is zero after a reset.
-            if word != 0 {
-                batch.write(at(offset::DRIVER_FEATURES_SELECT), select);
-                batch.write(at(offset::DRIVER_FEATURES), word);
-            }
-        }
-        status |= DeviceStatus::FEATURES_OK;
-        batch.write(at(offset::STATUS), status.bits());
-        let accepted = batch.read(at(offset::STATUS));
-        let set_queue = |places: &RingPlaces| {
-            batch.write(at(offset::QUEUE_SELECT), places.index.into());
-            let size_max = batch.read(at(offset::QUEUE_SIZE_MAX));
-            batch.write(at(offset::QUEUE_SIZE), places.size);
-            batch.write(at(offset::QUEUE_DESCRIPTORS), places.descriptors);
-            batch.write(at(offset::QUEUE_DRIVER), places.driver_area);
-            batch.write(at(offset::QUEUE_DEVICE), places.device_area);
-            batch.write(at(offset::QUEUE_READY), 1);
-            (size_max, places.size)
-        };
-        let sizes: Vec<_> = queues.iter().map(set_queue).collect();
-        let config = batch.read(at(offset::CONFIG));
-        io_apic::route(irq, &mut batch);
-        batch.write(at(offset::STATUS), (status | DeviceStatus::DRIVER_OK).bits());
-        let done = batch.run();
-        self.accesses += done.len();
-
-        let accepted = DeviceStatus::from_bits_retain(done.value(accepted));
-        let result = if !accepted.contains(DeviceStatus::FEATURES_OK) {
+    pub fn set_up(&mut self, features: u64, queues: &[QueueSetUp]) -> Result<u32, SetupError> {
+        let mut set_up = VirtioSetUp::new(features, queues);
+        self.accesses += set_up.run(&self.registers);
+        let status = DeviceStatus::from_bits_retain(set_up.status);
+        let result = if !status.contains(DeviceStatus::FEATURES_OK) {
             Err(SetupError::Features)
-        } else if sizes.iter().any(|(size_max, size)| done.value(*size_max) < *size) {
+        } else if set_up.queues().iter().any(|queue| queue.size_max < queue.size) {
             Err(SetupError::Queue)
         } else {
-            Ok(done.value(config))
+            Ok(set_up.config)
         };
         if result.is_err() {
             let mut batch = Batch::with_capacity(1);
-            batch.write(at(offset::STATUS), (status | DeviceStatus::FAILED).bits());
+            let failed = status | DeviceStatus::FAILED;
+            batch.write(self.registers.address(offset::STATUS), failed.bits());
             batch.run();
         }
         result

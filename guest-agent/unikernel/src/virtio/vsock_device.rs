@@ -7,6 +7,7 @@ use super::transport::{MmioTransport, SetupError};
 use crate::arch::{gate, records};
 use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
 use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
+use crate::io_apic;
 use agent::vsock::{Answer, Listener};
 
 const TO_GUEST: u16 = 0;
@@ -45,6 +46,7 @@ pub struct VsockDevice {
     to_host: ToHostQueue<TO_HOST_PACKETS, PACKET_LEN>,
     events: ToGuestQueue<EVENTS, EVENT_LEN>,
     guest_cid: u32,
+    unrouted_irq: Option<u8>,
 }
 
 impl VsockDevice {
@@ -61,12 +63,13 @@ impl VsockDevice {
         events.set_interrupts(false);
         // Streams are what a vsock device does when no feature of its own was negotiated. A device that does not offer
         // VERSION_1 must not accept it either, so the offer is not read.
-        let queues = [to_guest.places(), to_host.places(), events.places()];
-        let guest_cid = transport.set_up(VERSION_1, irq, &queues).map_err(|error| match error {
+        let queues = [to_guest.set_up(), to_host.set_up(), events.set_up()];
+        let guest_cid = transport.set_up(VERSION_1, &queues).map_err(|error| match error {
             SetupError::Features => StartError::Features,
             SetupError::Queue => StartError::Queue(virtio_drivers::Error::InvalidParam),
         })?;
-        let device = Self { transport, to_guest, to_host, events, guest_cid };
+        let device =
+            Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
         Ok(device)
@@ -133,6 +136,10 @@ impl VsockDevice {
                 return;
             }
             core::hint::spin_loop();
+        }
+        // Only now: nobody sleeps before the first greeting.
+        if let Some(irq) = self.unrouted_irq.take() {
+            io_apic::route(irq);
         }
         let seen = records::interrupts();
         self.set_interrupts(true);
