@@ -10,3 +10,4 @@ pub mod port;
 pub mod pvh;
 pub mod records;
 pub mod tsc;
+pub mod virtio;

@@ -6,6 +6,7 @@ mod buffer;
 mod hal;
 pub mod pools;
 mod queue;
+mod ring_places;
 
 pub use hal::report;
 pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};

@@ -27,12 +27,14 @@ pub struct Agent {
     nmi_account: NmiAccount,
     pmu: Option<PmuReport>,
     timings: Timings,
-    register_accesses: u32,
+    /// When ring 3 began.
+    entered: tsc::Native,
+    register_accesses: usize,
 }
 
 impl Agent {
     /// An agent that has looked at nothing but its command line.
-    pub fn new(cmdline: String, params: Params, tsc_agent: u64) -> Self {
+    pub fn new(cmdline: String, params: Params, entered: tsc::Native) -> Self {
         let tsc_entry = records::boot().tsc_entry;
         Self {
             params,
@@ -40,7 +42,8 @@ impl Agent {
             log: KernelLog::new(),
             nmi_account: NmiAccount::default(),
             pmu: None,
-            timings: Timings { tsc_entry, tsc_agent, ..Timings::default() },
+            timings: Timings { tsc_entry, ..Timings::default() },
+            entered,
             register_accesses: 0,
         }
     }
@@ -51,7 +54,7 @@ impl Agent {
     }
 
     /// Notes that the vsock driver is ready and what it took.
-    pub fn set_ready(&mut self, register_accesses: u32) {
+    pub fn set_ready(&mut self, register_accesses: usize) {
         self.timings.tsc_ready = tsc::now();
         self.register_accesses = register_accesses;
     }
@@ -65,6 +68,7 @@ impl Agent {
         }
         let facts = gate::cpu_facts();
         self.timings.tsc_khz = facts.tsc_khz;
+        self.timings.tsc_agent = self.entered.at_ring0();
         self.log_boot();
         let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
         for (level, text) in lines {

@@ -35,13 +35,12 @@ use virtio::{MmioTransport, VsockDevice};
 
 /// Where ring 3 begins (tables.s).
 extern "C" fn agent_start() -> ! {
-    tsc::init();
-    let tsc_agent = tsc::now();
+    let agent_entered = tsc::Native::now();
     heap::init();
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);
     let serial_report = params.serial_report;
-    let mut agent = Agent::new(cmdline, params.clone(), tsc_agent);
+    let mut agent = Agent::new(cmdline, params.clone(), agent_entered);
     if serial_report {
         report_on_serial(&mut agent);
     }
@@ -60,8 +59,7 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
         let registers = Registers::at(device.base, device.size)?;
         Some((device.irq, MmioTransport::find(registers, DeviceType::Socket)?))
     })?;
-    io_apic::route(irq);
-    match VsockDevice::start(transport) {
+    match VsockDevice::start(transport, irq) {
         Ok(device) => {
             agent.set_ready(device.register_accesses());
             Some(device)

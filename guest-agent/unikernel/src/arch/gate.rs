@@ -4,11 +4,19 @@
 use agent::pmu::{MsrOperation, Msrs};
 use agent_protocol::PmuCpuid;
 
+use super::mmio::{Access, RegisterAddress};
+use super::virtio::VirtioSetUp;
+
+/// Ring 0 cannot be interrupted during a batch, so it is kept short.
+const MAX_ACCESSES: usize = 16;
+
 /// What ring 0 does; the order is that of `gate_services` in gate.s.
 #[derive(Clone, Copy)]
 #[repr(u64)]
 enum Service {
     Wait,
+    Registers,
+    Virtio,
     Msrs,
     Cpuid,
     Tsc,
@@ -26,9 +34,33 @@ fn call(first: u64, second: u64, service: Service) -> u64 {
     unsafe { gate_call(first, second, service as u64) }
 }
 
-/// Sleeps until an interrupt has come in since the count `seen`; may also return early.
-pub fn wait_for_interrupt(seen: u32) {
-    call(u64::from(seen), 0, Service::Wait);
+/// Sleeps until an interrupt has come in since the count `seen`; may also return early. Then tells the device that the
+/// causes of all interrupts so far were handled.
+pub fn wait_for_interrupt(seen: u32, interrupt_ack: RegisterAddress) {
+    call(u64::from(seen), interrupt_ack.get().into(), Service::Wait);
+}
+
+/// Carries out register accesses in order. Returns ring 0's time-stamp counter after the last one.
+///
+/// # Panics
+/// If there are more than [`MAX_ACCESSES`].
+pub(super) fn access_registers(accesses: &mut [Access]) -> u64 {
+    assert!(accesses.len() <= MAX_ACCESSES, "{} register accesses", accesses.len());
+    if accesses.is_empty() {
+        return ring0_tsc();
+    }
+    for access in &mut *accesses {
+        access.aim();
+    }
+    // Of every access one address is that of a register, by `Registers`, and the other that of its own `value`.
+    call(accesses.as_mut_ptr() as u64, accesses.len() as u64, Service::Registers)
+}
+
+/// Carries out a set-up of the device whose registers begin here.
+pub(super) fn set_up_virtio(registers: RegisterAddress, set_up: &mut VirtioSetUp) {
+    // The window holds all registers that are written, by `Registers`; the struct has the layout that ring 0 expects, and
+    // at least one queue and no more than there is room for.
+    call(registers.get().into(), (&raw mut *set_up) as u64, Service::Virtio);
 }
 
 /// Ring 0's time-stamp counter.

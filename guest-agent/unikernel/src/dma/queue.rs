@@ -5,10 +5,11 @@ use core::sync::atomic::{Ordering, fence};
 
 use virtio_drivers::Result;
 use virtio_drivers::queue::VirtQueue;
-use virtio_drivers::transport::Transport;
 
 use super::buffer::{DmaBuffer, Pool};
 use super::hal::AgentHal;
+use super::ring_places::RingPlaces;
+use crate::arch::virtio::QueueSetUp;
 
 /// The device broke the rules of the ring; the queue is of no more use.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +25,7 @@ struct Posted {
 /// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
 struct Slots<const SIZE: usize, const LEN: usize> {
     ring: VirtQueue<AgentHal, SIZE>,
-    index: u16,
+    set_up: QueueSetUp,
     buffers: &'static mut [DmaBuffer<LEN>; SIZE],
     /// By descriptor.
     posted: [Option<Posted>; SIZE],
@@ -35,16 +36,13 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
 
     /// Boxed and not inlined: three queues in one frame would spread the stack over pages that are never used again.
     #[inline(never)]
-    fn new(
-        transport: &mut impl Transport,
-        index: u16,
-        pool: &'static Pool<SIZE, LEN>,
-    ) -> Result<Box<Self>> {
+    fn new(index: u16, pool: &'static Pool<SIZE, LEN>) -> Result<Box<Self>> {
         let () = Self::SIZES_FIT;
         // No event index: `VirtQueue::should_notify` compares it without wrapping and would lose a notification once
         // in 65,536 packets. The flags do as well.
-        let ring = VirtQueue::new(transport, index, false, false)?;
-        Ok(Box::new(Self { ring, index, buffers: pool.take(), posted: [None; SIZE] }))
+        let mut places = RingPlaces::default();
+        let ring = VirtQueue::new(&mut places, index, false, false)?;
+        Ok(Box::new(Self { ring, set_up: places.0, buffers: pool.take(), posted: [None; SIZE] }))
     }
 
     /// Gives the first `len` bytes of a buffer to the device, to be written or to be read.
@@ -83,12 +81,10 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
         }
     }
 
-    fn notify(&self, transport: &mut impl Transport) {
+    fn should_notify(&self) -> bool {
         // The device must see the new index before we look whether it sleeps (virtio 1.3, section 2.7.13.4.1).
         fence(Ordering::SeqCst);
-        if self.ring.should_notify() {
-            transport.notify(self.index);
-        }
+        self.ring.should_notify()
     }
 }
 
@@ -96,16 +92,12 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
 pub struct ToGuestQueue<const SIZE: usize, const LEN: usize>(Box<Slots<SIZE, LEN>>);
 
 impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
-    /// Sets the queue up and posts all buffers; the device learns of them by [`Self::notify`].
+    /// Prepares the queue and posts all buffers.
     ///
     /// # Errors
-    /// If the device has no such queue.
-    pub fn new(
-        transport: &mut impl Transport,
-        index: u16,
-        pool: &'static Pool<SIZE, LEN>,
-    ) -> Result<Self> {
-        let mut slots = Slots::new(transport, index, pool)?;
+    /// If no memory is left for rings.
+    pub fn new(index: u16, pool: &'static Pool<SIZE, LEN>) -> Result<Self> {
+        let mut slots = Slots::new(index, pool)?;
         for slot in 0..SIZE {
             slots.post(slot as u8, LEN as u16, true)?;
         }
@@ -136,9 +128,14 @@ impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
         self.0.ring.set_dev_notify(wanted);
     }
 
-    /// Tells the device of newly posted buffers, if it wants to know.
-    pub fn notify(&self, transport: &mut impl Transport) {
-        self.0.notify(transport);
+    /// Whether the device wants to be told of newly posted buffers.
+    pub fn should_notify(&self) -> bool {
+        self.0.should_notify()
+    }
+
+    /// What the device has to know of the queue.
+    pub fn set_up(&self) -> QueueSetUp {
+        self.0.set_up
     }
 }
 
@@ -149,29 +146,25 @@ pub struct ToHostQueue<const SIZE: usize, const LEN: usize> {
 }
 
 impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
-    /// Sets the queue up, without interrupts.
+    /// Prepares the queue, without interrupts.
     ///
     /// # Errors
-    /// If the device has no such queue.
-    pub fn new(
-        transport: &mut impl Transport,
-        index: u16,
-        pool: &'static Pool<SIZE, LEN>,
-    ) -> Result<Self> {
-        let mut slots = Slots::new(transport, index, pool)?;
+    /// If no memory is left for rings.
+    pub fn new(index: u16, pool: &'static Pool<SIZE, LEN>) -> Result<Self> {
+        let mut slots = Slots::new(index, pool)?;
         slots.ring.set_dev_notify(false);
         Ok(Self { slots, busy: [false; SIZE] })
     }
 
-    /// Sends as long as there is a free buffer and `write` fills it (returning how much), then notifies once.
+    /// Sends as long as there is a free buffer and `write` fills it (returning how much). Returns whether the device
+    /// wants to be told.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
     pub fn send(
         &mut self,
-        transport: &mut impl Transport,
         mut write: impl FnMut(&mut [u8]) -> Option<usize>,
-    ) -> core::result::Result<(), BrokenQueue> {
+    ) -> core::result::Result<bool, BrokenQueue> {
         while let Some(Posted { slot, .. }) = self.slots.pop(false)? {
             self.busy[usize::from(slot)] = false;
         }
@@ -183,10 +176,12 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
             self.busy[slot] = true;
             sent = true;
         }
-        if sent {
-            self.slots.notify(transport);
-        }
-        Ok(())
+        Ok(sent && self.slots.should_notify())
+    }
+
+    /// What the device has to know of the queue.
+    pub fn set_up(&self) -> QueueSetUp {
+        self.slots.set_up
     }
 
     /// Whether every buffer waits for the device.

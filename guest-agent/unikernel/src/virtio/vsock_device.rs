@@ -3,13 +3,12 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
-use agent::vsock::{Answer, Listener};
-use virtio_drivers::transport::{DeviceStatus, Transport};
-
-use super::MmioTransport;
+use super::transport::{MmioTransport, SetupError};
 use crate::arch::{gate, records};
 use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
 use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
+use crate::io_apic;
+use agent::vsock::{Answer, Listener};
 
 const TO_GUEST: u16 = 0;
 const TO_HOST: u16 = 1;
@@ -46,51 +45,43 @@ pub struct VsockDevice {
     to_guest: ToGuestQueue<TO_GUEST_PACKETS, PACKET_LEN>,
     to_host: ToHostQueue<TO_HOST_PACKETS, PACKET_LEN>,
     events: ToGuestQueue<EVENTS, EVENT_LEN>,
+    guest_cid: u32,
+    unrouted_irq: Option<u8>,
 }
 
 impl VsockDevice {
-    /// Sets the device up (section 3.1.1), one status bit at a time as strict monitors want it.
+    /// Sets the device up. `irq` is its pin of the I/O APIC.
     ///
     /// # Errors
     /// If the device does not play along.
-    pub fn start(mut transport: MmioTransport) -> Result<Self, StartError> {
-        let mut status = DeviceStatus::empty();
-        transport.set_status(status);
-        for bit in [DeviceStatus::ACKNOWLEDGE, DeviceStatus::DRIVER] {
-            status |= bit;
-            transport.set_status(status);
-        }
-        // Streams are what a vsock device does when no feature of its own was negotiated.
-        transport.write_driver_features(VERSION_1);
-        status |= DeviceStatus::FEATURES_OK;
-        transport.set_status(status);
-        // A device that does not offer VERSION_1 must not accept it either, so reading the offer adds nothing.
-        if !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
-            return Err(StartError::Features);
-        }
-        let to_guest = ToGuestQueue::new(&mut transport, TO_GUEST, &pools::TO_GUEST);
-        let to_host = ToHostQueue::new(&mut transport, TO_HOST, &pools::TO_HOST);
-        let events = ToGuestQueue::new(&mut transport, EVENT, &pools::EVENT);
-        let mut device = Self {
-            to_guest: to_guest.map_err(StartError::Queue)?,
-            to_host: to_host.map_err(StartError::Queue)?,
-            events: events.map_err(StartError::Queue)?,
-            transport,
-        };
-        device.set_interrupts(false);
-        device.transport.set_status(status | DeviceStatus::DRIVER_OK);
-        device.to_guest.notify(&mut device.transport);
-        device.events.notify(&mut device.transport);
+    pub fn start(mut transport: MmioTransport, irq: u8) -> Result<Self, StartError> {
+        let mut to_guest =
+            ToGuestQueue::new(TO_GUEST, &pools::TO_GUEST).map_err(StartError::Queue)?;
+        let to_host = ToHostQueue::new(TO_HOST, &pools::TO_HOST).map_err(StartError::Queue)?;
+        let mut events = ToGuestQueue::new(EVENT, &pools::EVENT).map_err(StartError::Queue)?;
+        to_guest.set_interrupts(false);
+        events.set_interrupts(false);
+        // Streams are what a vsock device does when no feature of its own was negotiated. A device that does not offer
+        // VERSION_1 must not accept it either, so the offer is not read.
+        let queues = [to_guest.set_up(), to_host.set_up(), events.set_up()];
+        let guest_cid = transport.set_up(VERSION_1, &queues).map_err(|error| match error {
+            SetupError::Features => StartError::Features,
+            SetupError::Queue => StartError::Queue(virtio_drivers::Error::InvalidParam),
+        })?;
+        let device =
+            Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
+        device.notify_posted(TO_GUEST, &device.to_guest);
+        device.notify_posted(EVENT, &device.events);
         Ok(device)
     }
 
     /// Our context id. Its upper half is reserved and zero.
     pub fn guest_cid(&self) -> u64 {
-        self.transport.config_word(0).into()
+        self.guest_cid.into()
     }
 
     /// How many register accesses there were.
-    pub fn register_accesses(&self) -> u32 {
+    pub fn register_accesses(&self) -> usize {
         self.transport.accesses()
     }
 
@@ -108,9 +99,10 @@ impl VsockDevice {
             event = id.map(u32::from_le_bytes);
         }
         if event.is_some() {
-            self.events.notify(&mut self.transport);
+            self.notify_posted(EVENT, &self.events);
         }
         if event == Some(TRANSPORT_RESET) {
+            self.guest_cid = self.transport.config_word();
             listener.transport_reset(self.guest_cid());
         }
         // At most one ring's worth, so that answers get out even if the host never pauses.
@@ -121,7 +113,7 @@ impl VsockDevice {
             taken += 1;
         }
         if taken > 0 {
-            self.to_guest.notify(&mut self.transport);
+            self.notify_posted(TO_GUEST, &self.to_guest);
         }
         Ok(())
     }
@@ -131,7 +123,10 @@ impl VsockDevice {
     /// # Errors
     /// If the device broke the rules of the ring.
     pub fn send(&mut self, listener: &mut Listener) -> Result<(), BrokenQueue> {
-        self.to_host.send(&mut self.transport, |buffer| listener.next_packet(buffer))
+        if self.to_host.send(|buffer| listener.next_packet(buffer))? {
+            self.transport.notify(TO_HOST);
+        }
+        Ok(())
     }
 
     /// Returns when there is something to do: polls for a while, then sleeps.
@@ -142,15 +137,28 @@ impl VsockDevice {
             }
             core::hint::spin_loop();
         }
+        // Only now: nobody sleeps before the first greeting.
+        if let Some(irq) = self.unrouted_irq.take() {
+            io_apic::route(irq);
+        }
         let seen = records::interrupts();
         self.set_interrupts(true);
         // The device must see the wish before we look for the last time (section 2.7.7.1).
         fence(Ordering::SeqCst);
         if !self.is_ready() {
-            gate::wait_for_interrupt(seen);
-            self.transport.acknowledge_all();
+            gate::wait_for_interrupt(seen, self.transport.interrupt_ack());
         }
         self.set_interrupts(false);
+    }
+
+    fn notify_posted<const SIZE: usize, const LEN: usize>(
+        &self,
+        index: u16,
+        queue: &ToGuestQueue<SIZE, LEN>,
+    ) {
+        if queue.should_notify() {
+            self.transport.notify(index);
+        }
     }
 
     fn is_ready(&self) -> bool {

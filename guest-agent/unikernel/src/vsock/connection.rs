@@ -97,6 +97,16 @@ impl Connection {
         Ok(!self.outbox.is_empty())
     }
 
+    /// Carries out what has come in for a host that takes no more answers: they are dropped.
+    pub fn serve_without_answers(&mut self, agent: &mut impl Answer) -> Result<(), FrameError> {
+        loop {
+            self.outbox = Vec::new();
+            if !self.serve(agent)? {
+                return Ok(());
+            }
+        }
+    }
+
     /// The next packet to send, its payload already in `buffer`.
     pub fn next(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
         let unsent = &self.outbox[self.sent..];

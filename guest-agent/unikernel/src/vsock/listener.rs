@@ -169,7 +169,13 @@ impl Listener {
         match header.operation {
             // The other side's last word needs no answer.
             Operation::Rst => drop(self.connections.swap_remove(at)),
-            Operation::Shutdown if header.flags & NO_RECEIVE != 0 => self.close(at),
+            Operation::Shutdown if header.flags & NO_RECEIVE != 0 => {
+                // A request that came in just before has not been served yet.
+                if let Err(error) = connection.serve_without_answers(agent) {
+                    agent.warn(format!("vsock: {error}"));
+                }
+                self.close(at);
+            }
             operation if !in_order => {
                 agent.warn(format!("vsock: {operation:?} out of order, connection closed"));
                 self.close(at);

@@ -1,4 +1,4 @@
-use agent_protocol::{Hello, Reply, Request};
+use agent_protocol::{GuestReset, Hello, Reply, Request};
 
 use super::*;
 
@@ -7,6 +7,7 @@ const CID: u64 = 3;
 #[derive(Default)]
 struct FakeAgent {
     warnings: Vec<String>,
+    requests: Vec<Request>,
 }
 
 impl Answer for FakeAgent {
@@ -15,6 +16,7 @@ impl Answer for FakeAgent {
     }
 
     fn answer(&mut self, request: Request) -> Option<Reply> {
+        self.requests.push(request.clone());
         match request {
             Request::Ping(number) => Some(Reply::Pong(number)),
             Request::Echo(bytes) => Some(Reply::Echo(bytes)),
@@ -60,10 +62,15 @@ impl Host {
     }
 
     fn send_header(&mut self, header: Header, payload: &[u8]) {
+        self.send_ahead(header, payload);
+        self.listener.serve(&mut self.agent);
+    }
+
+    /// Sends a packet that more follow before the agent serves.
+    fn send_ahead(&mut self, header: Header, payload: &[u8]) {
         let mut bytes = [0; HEADER_LEN];
         Header { len: payload.len() as u32, ..header }.write(&mut bytes);
         self.listener.receive(&[&bytes, payload].concat(), &mut self.agent);
-        self.listener.serve(&mut self.agent);
     }
 
     fn send(&mut self, operation: Operation, payload: &[u8]) {
@@ -239,6 +246,27 @@ fn a_full_shutdown_is_confirmed_with_rst() {
     host.send_header(Header { operation: Operation::Shutdown, flags: 3, ..host.template }, &[]);
     assert_eq!(host.operations(), [Operation::Rst]);
     assert_eq!(host.agent.warnings, [] as [String; 0]);
+}
+
+#[test]
+fn requests_right_before_a_full_shutdown_are_served() {
+    let check = |payload: &[u8], expected: &[Request], warnings: usize| {
+        let mut host = Host::connected();
+        host.send_ahead(Header { operation: Operation::Rw, ..host.template }, payload);
+        let shutdown = Header { operation: Operation::Shutdown, flags: 3, ..host.template };
+        host.send_ahead(shutdown, &[]);
+        assert_eq!(host.agent.requests, expected);
+        assert_eq!(host.agent.warnings.len(), warnings);
+        assert_eq!(host.operations(), [Operation::Rst], "answers are dropped");
+    };
+    let reset = Request::Reset(GuestReset::I8042);
+    let frames = [Request::Ping(1), Request::Ping(2), reset.clone()]
+        .map(|request| frame::encode(&request).unwrap())
+        .concat();
+    check(&frames, &[Request::Ping(1), Request::Ping(2), reset], 0);
+    check(&frames[..frames.len() - 1], &[Request::Ping(1), Request::Ping(2)], 0);
+    check(&[0xff; 8], &[], 1);
+    check(&[], &[], 0);
 }
 
 #[test]
