@@ -11,6 +11,8 @@ mod bad_input;
 mod documents;
 /// The agent's image boots in monitors of other people.
 mod elsewhere;
+/// A thousand resets leave nothing behind on the host.
+mod endurance;
 /// What must not be there is found, by name and by exit status.
 mod findings;
 /// `--kernel`: other guests, and the ways in which they end.

@@ -8,6 +8,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 fn main() -> ExitCode {
     let started = process_start();
+    vmm::memory::prepare_heap();
     vmm::cli::main(started).unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "cleanslate: {}", vmm::lifecycle::chain(&*error));
         vmm::cli::exit::USAGE_OR_HOST.into()

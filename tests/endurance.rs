@@ -1,0 +1,83 @@
+//! A thousand resets of one machine leave no descriptor, no thread and no memory behind.
+
+use std::io::{BufReader, Read};
+use std::process::Child;
+
+use serde_json::Value;
+
+use crate::harness::{cleanslate, eventually, finish, signal, temp_dir};
+
+/// What a process holds for itself, guest RAM left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Holdings {
+    descriptors: usize,
+    threads: usize,
+    resident_kib: u64,
+}
+
+impl Holdings {
+    fn of(child: &Child) -> Self {
+        let proc = format!("/proc/{}", child.id());
+        let count = |what| std::fs::read_dir(format!("{proc}/{what}")).unwrap().count();
+        let maps = std::fs::read_to_string(format!("{proc}/smaps")).unwrap();
+        Self {
+            descriptors: count("fd"),
+            threads: count("task"),
+            resident_kib: own_resident_kib(&maps),
+        }
+    }
+}
+
+fn own_resident_kib(maps: &str) -> u64 {
+    let (mut kib, mut in_guest) = (0, false);
+    for line in maps.lines() {
+        match line.split_once(':') {
+            Some(("Rss", value)) if !in_guest => {
+                kib += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+            }
+            // A mapping's first line: "start-end permissions …".
+            _ if line.split(' ').next().is_some_and(|word| word.contains('-')) => {
+                in_guest = line.contains("guest-template");
+            }
+            _ => {}
+        }
+    }
+    kib
+}
+
+/// Reads until what was read ends with `mark`.
+fn read_until(stream: &mut impl Read, seen: &mut Vec<u8>, mark: &str) {
+    while !seen.ends_with(mark.as_bytes()) {
+        let mut byte = [0];
+        assert_eq!(stream.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(seen));
+        seen.push(byte[0]);
+    }
+}
+
+#[test]
+fn a_thousand_resets_are_clean_and_leave_nothing() {
+    let dir = temp_dir();
+    let socket = dir.path().join("vsock");
+    // Held after its verdict, so that its holdings can be counted at the end too.
+    let mut command = cleanslate(&["run", "--json", "--resets", "1000", "--hold"]);
+    command.args(["--reset-via", "host,i8042,cf9,acpi,triple", "--uds", socket.to_str().unwrap()]);
+    let mut child = command.spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut seen = Vec::new();
+    read_until(&mut stdout, &mut seen, "{\"life\":11,");
+    let after_ten = Holdings::of(&child);
+    read_until(&mut stdout, &mut seen, "\n");
+    let json: Value = serde_json::from_slice(&seen).unwrap();
+    assert_eq!(json["verdict"], "clean", "{:#}", json["findings"]);
+    assert_eq!(json["lives"].as_array().unwrap().len(), 1001);
+    // The event loop closes the last connection a moment after the main thread did.
+    eventually("the descriptors are as few as after ten resets", || {
+        Holdings::of(&child).descriptors <= after_ten.descriptors
+    });
+    let after_all = Holdings::of(&child);
+    assert!(after_all.resident_kib <= after_ten.resident_kib, "{after_ten:?} became {after_all:?}");
+    assert_eq!(after_all.threads, after_ten.threads);
+    signal(&child, rustix::process::Signal::INT);
+    finish(child, "cleanslate run --resets 1000 --hold".into()).expect_status(0);
+    assert!(!socket.exists());
+}
