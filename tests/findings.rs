@@ -71,3 +71,16 @@ fn ctrl_c_ends_a_long_run_at_once() {
         .expect_stderr("cleanslate: interrupted")
         .expect_one_line_of_stderr();
 }
+
+#[test]
+fn a_pmu_that_the_host_does_not_have_is_refused() {
+    let enabled =
+        std::fs::read_to_string("/sys/module/kvm/parameters/enable_pmu").unwrap_or_default();
+    let outcome = run(&["run", "--json", "--pmu", "host"]);
+    if enabled.trim() == "N" {
+        outcome.expect_status(2).expect_stderr("kvm.enable_pmu=N").expect_stderr("use --pmu off");
+    } else {
+        let json = outcome.expect_status(0).json();
+        assert!(json["lives"][0]["report"]["pmu"]["status"]["present"].is_object());
+    }
+}

@@ -99,3 +99,26 @@ fn ram_is_the_template_again_after_a_reset() {
     let outcome = boot(&guest, &["--resets", "2"]).expect_status(3);
     assert_eq!(outcome.stdout, "...", "{outcome}");
 }
+
+#[test]
+fn an_elf_without_the_note_starts_in_long_mode() {
+    // A 64-bit immediate has no meaning in 32-bit code. mov rax, 1 << 40; shr rax, 40; add al, '0'; mov dx, 0x3f8; out dx, al
+    let long = [0x48, 0xb8, 0, 0, 0, 0, 0, 1, 0, 0, 0x48, 0xc1, 0xe8, 40, 0x04, b'0'];
+    let guest = Guest::new().raw(&long).raw(&[0x66, 0xba, 0xf8, 0x03, 0xee]).power_off();
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.elf_without_note());
+    let outcome = run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0);
+    assert_eq!(outcome.stdout, "1");
+}
+
+#[test]
+fn a_bzimage_starts_at_its_64_bit_entry_with_boot_parameters() {
+    // The signature of the setup header, as it stands in the zero page: mov al, [rsi + 0x202] and so on.
+    let print = |at: u8| [0x8a, 0x86, at, 0x02, 0, 0, 0x66, 0xba, 0xf8, 0x03, 0xee];
+    let guest =
+        [2, 3, 4, 5].iter().fold(Guest::new(), |guest, at| guest.raw(&print(*at))).power_off();
+    let dir = temp_dir();
+    let kernel = file(&dir, "bzImage", &guest.bzimage());
+    let outcome = run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0);
+    assert_eq!(outcome.stdout, "HdrS");
+}

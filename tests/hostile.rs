@@ -1,17 +1,17 @@
 //! Guests that break rules hurt only themselves.
 
 use crate::harness::guest::Guest;
-use crate::harness::{file, run, temp_dir};
+use crate::harness::{Outcome, file, run, temp_dir};
 
 /// Registers of the vsock device.
 const DEVICE: u32 = 0xd000_0000;
 
-/// Boots `guest` after it printed "done" and expects the machine to end by the guest's own wish.
+/// Boots `guest`, lets it print "done" and expects the machine to end by the guest's own wish.
 #[track_caller]
-fn survives(guest: Guest) {
+fn survives(guest: Guest) -> Outcome {
     let dir = temp_dir();
     let kernel = file(&dir, "guest.elf", &guest.print("done").power_off().elf());
-    run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0).expect_stdout("done");
+    run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0).expect_stdout("done")
 }
 
 /// Writes `registers` in order.
@@ -44,7 +44,9 @@ fn junk_in_every_device_register_is_ignored() {
             guest = guest.store(DEVICE + offset, value).load(DEVICE + offset);
         }
     }
-    survives(guest);
+    survives(guest)
+        .expect_stderr("the guest broke rules")
+        .expect_stderr("forbidden writes to device registers");
 }
 
 #[test]

@@ -68,6 +68,29 @@ impl Guest {
         self.elf_for(62, ENTRY - 16)
     }
 
+    /// The same with a note of another kind, so that it is not a PVH kernel; the code runs in 64-bit mode.
+    pub fn elf_without_note(&self) -> Vec<u8> {
+        const NOTE_TYPE: usize = 64 + 2 * 56 + 8;
+        let mut elf = self.elf();
+        elf[NOTE_TYPE] = 99;
+        elf
+    }
+
+    /// A bzImage with one setup sector, whose 64-bit entry is the code.
+    pub fn bzimage(&self) -> Vec<u8> {
+        let mut image = vec![0; 1024 + 0x200];
+        image[0x1f1] = 1;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+        image[0x211] = 1; // loaded high
+        image[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        image[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
+        image[0x236] = 1; // has a 64-bit entry
+        image[0x258..0x260].copy_from_slice(&0x10_0000_u64.to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&0x1_0000_u32.to_le_bytes());
+        [image, self.code.clone()].concat()
+    }
+
     /// The same for another machine or address.
     pub fn elf_for(&self, machine: u16, address: u32) -> Vec<u8> {
         const HEADER: u64 = 64;

@@ -23,7 +23,7 @@ pub use build::launch;
 pub use config::{Config, ConfigError, GUEST_CID, ResetPolicy};
 
 use crate::boot::BootError;
-use crate::bus::Shared;
+use crate::bus::{Bus, Shared};
 use crate::device::console::{Console, ConsoleTail};
 use crate::device::ioapic::IoApic;
 use crate::device::nmi_status::NmiStatus;
@@ -74,6 +74,8 @@ impl MachineError {
 
 /// The machine's devices, as its buses and its event loop share them.
 struct Devices {
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
     ioapic: Arc<IoApic>,
     console: Shared<Console>,
     nmi_status: Shared<NmiStatus>,
@@ -207,10 +209,31 @@ pub enum Stop {
 /// What the guest did that no correct guest does, and what the devices did for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct GuestStats {
+    /// Accesses to ports where there is no device. Kernels that look for old hardware make some.
+    pub unclaimed_ports: u64,
+    /// Accesses to addresses where there is neither RAM nor a device.
+    pub unclaimed_addresses: u64,
     /// Writes to virtio registers that the specification forbids.
     pub refused_register_writes: u64,
     /// The vsock device's counters.
     pub vsock: crate::device::vsock::VsockStats,
+}
+
+impl GuestStats {
+    /// Rules of virtio that the guest broke, in words; none for a correct guest.
+    pub fn offences(&self) -> Vec<String> {
+        let vsock = &self.vsock;
+        [
+            (self.refused_register_writes, "forbidden writes to device registers"),
+            (vsock.bad_chains, "broken descriptor chains"),
+            (vsock.bad_packets, "bad vsock packets"),
+            (vsock.credit_violations, "vsock packets without credit"),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} {what}"))
+        .collect()
+    }
 }
 
 /// Steers a machine from another thread. Dropping it stops the machine and waits for its end.
@@ -220,6 +243,8 @@ pub struct Handle {
     events: Receiver<Event>,
     connector: VsockConnector,
     vsock: Shared<Mmio<Vsock>>,
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
     console: ConsoleTail,
     host: HostInfoSource,
     thread: Option<JoinHandle<()>>,
@@ -280,7 +305,12 @@ impl Handle {
     /// What the guest did wrong so far.
     pub fn guest_stats(&self) -> GuestStats {
         let mmio = self.vsock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        GuestStats { refused_register_writes: mmio.refused_writes(), vsock: mmio.device.stats() }
+        GuestStats {
+            unclaimed_ports: self.ports.unclaimed(),
+            unclaimed_addresses: self.mmio.unclaimed(),
+            refused_register_writes: mmio.refused_writes(),
+            vsock: mmio.device.stats(),
+        }
     }
 
     /// What this host is.

@@ -12,10 +12,11 @@ use super::reset::life_command_line;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{Config, Devices, GUEST_CID, Handle, HostInfoSource, Machine, MachineError, Message};
 use crate::boot::{self, Entry, Payload};
-use crate::bus::Bus;
+use crate::bus::{Bus, Shared};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
-use crate::device::reset_ports::{AcpiPorts, I8042};
+use crate::device::nmi_status::NmiStatus;
+use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::device::vsock::{GuestCid, Vsock};
@@ -39,10 +40,10 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
     let mut event_loop = EventLoop::new()?;
-    let (devices, ports, mmio) = build_devices(config, &vm, &memory, &mut event_loop)?;
+    let devices = build_devices(config, &vm, &memory, &mut event_loop)?;
     let surroundings = Surroundings {
-        ports: Arc::new(ports),
-        mmio: Arc::new(mmio),
+        ports: Arc::clone(&devices.ports),
+        mmio: Arc::clone(&devices.mmio),
         ioapic: Arc::clone(&devices.ioapic),
         ram: memory.ram().clone(),
         outbox: outbox.clone(),
@@ -85,12 +86,24 @@ fn start(
     let vsock = Arc::clone(&machine.devices.vsock);
     let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
     let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
+    let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
     let signals = interrupt_signals().map_err(MachineError::host("catch SIGINT and SIGTERM"))?;
     let thread = std::thread::Builder::new()
         .name("event-loop".into())
         .spawn(move || event_loop.run(machine, signals))
         .map_err(MachineError::host("start the event loop's thread"))?;
-    Ok(Handle { commands, wake, events, connector, vsock, console, host, thread: Some(thread) })
+    Ok(Handle {
+        commands,
+        wake,
+        events,
+        connector,
+        vsock,
+        ports,
+        mmio,
+        console,
+        host,
+        thread: Some(thread),
+    })
 }
 
 struct Built {
@@ -139,47 +152,52 @@ fn guest_cid() -> GuestCid {
     GuestCid::new(GUEST_CID).expect("3 is no reserved context identifier")
 }
 
-type Buses = (Devices, Bus, Bus);
-
 /// Makes the devices, puts them on their buses and into the event loop.
 fn build_devices(
     config: &Config,
     vm: &Vm,
     memory: &Memory,
     event_loop: &mut EventLoop,
-) -> Result<Buses, MachineError> {
+) -> Result<Devices, MachineError> {
     let ioapic = Arc::new(IoApic::new(Box::new(vm.irq_router())));
+    let vsock = build_vsock(config, vm, memory, &ioapic, event_loop)?;
+    let serial_pin = Pin::new(&ioapic, layout::SERIAL_PIN);
+    let console = Arc::new(Mutex::new(Console::new(serial_pin, config.console)));
+    let nmi_status = Arc::<Mutex<NmiStatus>>::default();
+    let reset_control = Arc::<Mutex<ResetControl>>::default();
+
+    let mut ports = Bus::default();
+    ports.insert(layout::SERIAL_PORT.into(), 8, console.clone());
+    ports.insert(layout::I8042_DATA_PORT.into(), 1, Arc::new(Mutex::new(I8042::Data)));
+    ports.insert(layout::NMI_STATUS_PORT.into(), 1, nmi_status.clone());
+    ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
+    ports.insert(layout::RESET_CONTROL_PORT.into(), 1, reset_control.clone());
+    ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
+    let mut mmio = Bus::default();
+    let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
+    mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);
+    mmio.insert(layout::VIRTIO_MMIO_BASE, layout::VIRTIO_MMIO_SIZE, vsock.clone());
+    let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
+    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock })
+}
+
+/// Makes the vsock device: its notifications go to the event loop, its interrupts to the I/O APIC.
+fn build_vsock(
+    config: &Config,
+    vm: &Vm,
+    memory: &Memory,
+    ioapic: &Arc<IoApic>,
+    event_loop: &mut EventLoop,
+) -> Result<Shared<Mmio<Vsock>>, MachineError> {
     let vsock = Vsock::new(guest_cid(), config.vsock_path.as_deref())?;
     let backend = vsock.backend_fd();
-    let queues = vsock.queue_max_sizes().len();
-    let pin = Pin::new(&ioapic, layout::VIRTIO_PIN);
-    let vsock = Arc::new(Mutex::new(Mmio::new(Box::new(vsock), memory.ram().clone(), pin)));
-    let queues = (0..queues).map(|_| eventfd()).collect::<Result<Vec<_>, _>>()?;
+    let queues =
+        vsock.queue_max_sizes().iter().map(|_| eventfd()).collect::<Result<Vec<_>, _>>()?;
     for (index, fd) in (0..).zip(&queues) {
         vm.notify_on_write(layout::VIRTIO_MMIO_BASE + QUEUE_NOTIFY, index, fd)?;
     }
+    let pin = Pin::new(ioapic, layout::VIRTIO_PIN);
+    let vsock = Arc::new(Mutex::new(Mmio::new(Box::new(vsock), memory.ram().clone(), pin)));
     event_loop.add_device(VirtioEvents { device: Arc::clone(&vsock), queues, backend });
-
-    let devices = Devices {
-        console: Arc::new(Mutex::new(Console::new(
-            Pin::new(&ioapic, layout::SERIAL_PIN),
-            config.console,
-        ))),
-        nmi_status: Arc::default(),
-        reset_control: Arc::default(),
-        vsock,
-        ioapic,
-    };
-    let mut ports = Bus::default();
-    ports.insert(layout::SERIAL_PORT.into(), 8, devices.console.clone());
-    ports.insert(layout::I8042_DATA_PORT.into(), 1, Arc::new(Mutex::new(I8042::Data)));
-    ports.insert(layout::NMI_STATUS_PORT.into(), 1, devices.nmi_status.clone());
-    ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
-    ports.insert(layout::RESET_CONTROL_PORT.into(), 1, devices.reset_control.clone());
-    ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
-    let mut mmio = Bus::default();
-    let ioapic = Arc::new(Mutex::new(Arc::clone(&devices.ioapic)));
-    mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic);
-    mmio.insert(layout::VIRTIO_MMIO_BASE, layout::VIRTIO_MMIO_SIZE, devices.vsock.clone());
-    Ok((devices, ports, mmio))
+    Ok(vsock)
 }

@@ -12,6 +12,10 @@ use crate::machine::{Event, Handle, Stop};
 pub(super) fn follow(machine: &Handle) -> Result<ExitCode, Error> {
     let (words, status) = describe(wait(machine))?;
     eprintln!("cleanslate: {words}");
+    let offences = machine.guest_stats().offences();
+    if !offences.is_empty() {
+        eprintln!("cleanslate: the guest broke rules: {}", offences.join(", "));
+    }
     Ok(status.into())
 }
 
