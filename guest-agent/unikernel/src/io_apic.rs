@@ -14,11 +14,12 @@ const PINS: u8 = 24;
 pub fn route(pin: u8) {
     let Some(registers) = Registers::at(BASE, 0x20).filter(|_| pin < PINS) else { return };
     let entry = REDIRECTION + 2 * u32::from(pin);
-    let mut batch = Batch::with_capacity(4);
+    let (select, window) = (registers.address(SELECT), registers.address(WINDOW));
     // Upper half first: the lower one unmasks. Physical destination 0; fixed delivery, edge, active high.
-    for (register, value) in [(entry + 1, 0), (entry, u32::from(DEVICE_VECTOR))] {
-        batch.write(registers.address(SELECT), register);
-        batch.write(registers.address(WINDOW), value);
-    }
-    batch.run();
+    Batch::default()
+        .write(select, entry + 1)
+        .write(window, 0)
+        .write(select, entry)
+        .write(window, DEVICE_VECTOR.into())
+        .run();
 }

@@ -25,13 +25,12 @@ use agent::kernel_log::Level;
 use agent::params::Params;
 use agent::vsock::Listener;
 use alloc::format;
-use virtio_drivers::transport::DeviceType;
 
 use arch::mmio::Registers;
 use arch::{heap, pvh, tsc};
 use guest::Agent;
 use serial::Serial;
-use virtio::{MmioTransport, VsockDevice};
+use virtio::VsockDevice;
 
 /// Where ring 3 begins (tables.s).
 extern "C" fn agent_start() -> ! {
@@ -55,14 +54,15 @@ extern "C" fn agent_start() -> ! {
 /// The first vsock device of the command line, running.
 #[inline(never)]
 fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
-    let (irq, transport) = params.devices().find_map(|device| {
-        let registers = Registers::at(device.base, device.size)?;
-        Some((device.irq, MmioTransport::find(registers, DeviceType::Socket)?))
-    })?;
-    match VsockDevice::start(transport, irq) {
+    let devices = params
+        .devices()
+        .filter_map(|device| Some((Registers::at(device.base, device.size)?, device.irq)));
+    match VsockDevice::start(devices) {
         Ok(device) => {
-            agent.set_ready(device.register_accesses());
-            Some(device)
+            if device.is_some() {
+                agent.set_ready();
+            }
+            device
         }
         Err(error) => {
             agent.log(Level::Error, format!("virtio_vsock: probe failed: {error}"));

@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 
-use super::{gate, tsc};
+use super::gate;
 
 const WINDOW: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
 
@@ -80,14 +80,10 @@ impl Access {
 pub struct Reading(usize);
 
 /// Register accesses to be carried out together, in order.
+#[derive(Default)]
 pub struct Batch(Vec<Access>);
 
 impl Batch {
-    /// Nothing to do yet; `capacity` avoids growing.
-    pub fn with_capacity(capacity: usize) -> Self {
-        Self(Vec::with_capacity(capacity))
-    }
-
     /// Adds a read.
     pub fn read(&mut self, register: RegisterAddress) -> Reading {
         self.0.push(Access { from: 0, to: 0, value: 0, register, writes: false });
@@ -95,14 +91,14 @@ impl Batch {
     }
 
     /// Adds a write.
-    pub fn write(&mut self, register: RegisterAddress, value: u32) {
+    pub fn write(mut self, register: RegisterAddress, value: u32) -> Self {
         self.0.push(Access { from: 0, to: 0, value, register, writes: true });
+        self
     }
 
     /// Does it.
     pub fn run(mut self) -> Done {
-        let ring0_tsc = gate::access_registers(&mut self.0);
-        tsc::calibrate(ring0_tsc);
+        gate::access_registers(&mut self.0);
         Done(self.0)
     }
 }
@@ -114,10 +110,5 @@ impl Done {
     /// What was read.
     pub fn value(&self, reading: Reading) -> u32 {
         self.0[reading.0].value
-    }
-
-    /// How many accesses there were.
-    pub fn len(&self) -> usize {
-        self.0.len()
     }
 }

@@ -35,7 +35,7 @@ impl Native {
     }
 }
 
-/// Compares the counters, if that was not done yet: `ring0` was read just now, at the end of a call of the gate.
+/// Compares the counters, if that was not done yet. `ring0` was read just now, at the end of a call of the gate.
 pub fn calibrate(ring0: u64) {
     if RING0_AHEAD.load(Ordering::Relaxed) != UNKNOWN {
         return;
