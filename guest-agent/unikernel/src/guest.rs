@@ -65,7 +65,7 @@ impl Agent {
         }
         let facts = gate::cpu_facts();
         self.timings.tsc_khz = facts.tsc_khz;
-        self.timings.tsc_agent = self.entered.at_ring0();
+        self.timings.tsc_agent = self.entered.in_ring0();
         self.log_boot();
         let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
         for (level, text) in lines {

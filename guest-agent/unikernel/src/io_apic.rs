@@ -1,6 +1,7 @@
 //! The I/O APIC (82093AA): routes a device's pin to the device vector, edge-triggered, to the boot CPU.
 
-use crate::arch::mmio::{Batch, Registers};
+use crate::arch::gate;
+use crate::arch::mmio::{Access, Registers};
 use crate::arch::nucleus::DEVICE_VECTOR;
 
 const BASE: u64 = 0xfec0_0000;
@@ -16,10 +17,10 @@ pub fn route(pin: u8) {
     let entry = REDIRECTION + 2 * u32::from(pin);
     let (select, window) = (registers.address(SELECT), registers.address(WINDOW));
     // Upper half first: the lower one unmasks. Physical destination 0; fixed delivery, edge, active high.
-    Batch::default()
-        .write(select, entry + 1)
-        .write(window, 0)
-        .write(select, entry)
-        .write(window, DEVICE_VECTOR.into())
-        .run();
+    gate::access_registers(&mut [
+        Access::write(select, entry + 1),
+        Access::write(window, 0),
+        Access::write(select, entry),
+        Access::write(window, DEVICE_VECTOR.into()),
+    ]);
 }

@@ -34,7 +34,7 @@ use virtio::VsockDevice;
 
 /// Where ring 3 begins (tables.s).
 extern "C" fn agent_start() -> ! {
-    let agent_entered = tsc::Native::now();
+    let agent_entered = tsc::init();
     heap::init();
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);

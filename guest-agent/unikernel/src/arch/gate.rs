@@ -19,7 +19,6 @@ enum Service {
     Virtio,
     Msrs,
     Cpuid,
-    Tsc,
     Triple,
     Stop,
 }
@@ -44,7 +43,7 @@ pub fn wait_for_interrupt(seen: u32, interrupt_ack: RegisterAddress) {
 ///
 /// # Panics
 /// If there are more than [`MAX_ACCESSES`].
-pub(super) fn access_registers(accesses: &mut [Access]) {
+pub fn access_registers(accesses: &mut [Access]) {
     assert!(accesses.len() <= MAX_ACCESSES, "{} register accesses", accesses.len());
     if accesses.is_empty() {
         return;
@@ -60,11 +59,6 @@ pub(super) fn access_registers(accesses: &mut [Access]) {
 pub(super) fn set_up_virtio(registers: RegisterAddress, set_up: &mut VirtioSetUp) -> u64 {
     // `VirtioSetUp::run` vouches for the registers, `VirtioSetUp::new` for the number of queues.
     call(registers.get().into(), (&raw mut *set_up) as u64, Service::Virtio)
-}
-
-/// Ring 0's time-stamp counter.
-pub fn ring0_tsc() -> u64 {
-    call(0, 0, Service::Tsc)
 }
 
 /// Ends this life with an exception that cannot be delivered.

@@ -21,7 +21,7 @@ trap_6:
 # In the order of `Service` in gate.rs, the only caller of gate_call.
 .balign 8
 gate_services:
-    .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_tsc, gate_triple, gate_stop
+    .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -55,12 +55,12 @@ gate_registers:
 # three times as many instructions. Returns the time.
 gate_virtio:
     cmpl $0x74726976, (%rdi)        # MagicValue
-    jne gate_tsc
+    jne 2f
     cmpl $2, 0x4(%rdi)              # Version
-    jne gate_tsc
+    jne 2f
     movl 4(%rsi), %eax
     cmpl %eax, 0x8(%rdi)            # DeviceID
-    jne gate_tsc
+    jne 2f
     incl (%rsi)                     # progress
     movl $0, 0x70(%rdi)             # Status: reset, ACKNOWLEDGE, DRIVER; one bit at a time as strict monitors want it
     movl $1, 0x70(%rdi)
@@ -70,7 +70,7 @@ gate_virtio:
     movl %eax, 0x20(%rdi)           # DriverFeatures
     movl $11, 0x70(%rdi)            # FEATURES_OK, and whether it stays
     testl $8, 0x70(%rdi)
-    jz gate_tsc
+    jz 2f
     incl (%rsi)
     movl 12(%rsi), %ecx
     leaq 20(%rsi), %rdx
@@ -78,7 +78,7 @@ gate_virtio:
 1:  movl %r8d, 0x30(%rdi)           # QueueSel
     movl (%rdx), %eax
     cmpl %eax, 0x34(%rdi)           # QueueSizeMax
-    jb gate_tsc
+    jb 2f
     movl %eax, 0x38(%rdi)           # QueueSize
     movl 4(%rdx), %eax
     movl %eax, 0x80(%rdi)           # QueueDesc; the upper halves of addresses are zero after a reset
@@ -94,7 +94,10 @@ gate_virtio:
     movl 0x100(%rdi), %eax          # Config
     movl %eax, 16(%rsi)
     movl $15, 0x70(%rdi)            # DRIVER_OK
-    jmp gate_tsc
+2:  rdtsc
+    shlq $32, %rdx
+    orq %rdx, %rax
+    iretq
 
 # rdi, rsi = start and end of an array of `MsrOperation`; at least one.
 gate_msrs:
@@ -142,12 +145,6 @@ gate_cpuid:
     cmpq %rsi, %rdi
     jne 1b
     movq %r8, %rbx
-    iretq
-
-gate_tsc:
-    rdtsc
-    shlq $32, %rdx
-    orq %rdx, %rax
     iretq
 
 # An exception that cannot be delivered: shutdown.

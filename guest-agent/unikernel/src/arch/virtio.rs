@@ -6,7 +6,8 @@ use super::{gate, tsc};
 /// Queues of the largest device that the agent drives.
 const MAX_QUEUES: usize = 3;
 
-/// What a device has to know of a queue. The layout is that of gate.s.
+/// What a device has to know of a queue. Only `dma` makes them, of memory that is the queue's for good. The layout is that
+/// of gate.s.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct QueueSetUp {
@@ -65,14 +66,13 @@ impl VirtioSetUp {
     ///
     /// # Errors
     /// If the device does not play along.
-    ///
-    /// # Panics
-    /// If there are not as many registers as virtio-mmio has.
     pub fn run(&mut self, registers: &Registers) -> Result<u32, Refusal> {
         const CONFIG: u64 = 0x100;
-        let _last = registers.address(CONFIG);
+        if !registers.contain(CONFIG) {
+            return Err(Refusal::NotSuch);
+        }
         self.progress = 0;
-        tsc::calibrate(gate::set_up_virtio(registers.address(0), self));
+        tsc::compare(gate::set_up_virtio(registers.address(0), self));
         match self.progress {
             0 => Err(Refusal::NotSuch),
             1 => Err(Refusal::Features),

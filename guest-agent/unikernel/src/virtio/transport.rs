@@ -6,7 +6,8 @@
 
 use virtio_drivers::transport::DeviceStatus;
 
-use crate::arch::mmio::{Batch, RegisterAddress, Registers};
+use crate::arch::gate;
+use crate::arch::mmio::{Access, RegisterAddress, Registers};
 use crate::arch::virtio::{Refusal, VirtioSetUp};
 
 /// Register offsets, section 4.2.2.
@@ -34,7 +35,8 @@ impl MmioTransport {
                 if !matches!(refusal, Refusal::NotSuch) {
                     let tried = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
                     let status = (tried | DeviceStatus::FAILED).bits();
-                    Batch::default().write(registers.address(offset::STATUS), status).run();
+                    let register = registers.address(offset::STATUS);
+                    gate::access_registers(&mut [Access::write(register, status)]);
                 }
                 Err(refusal)
             }
@@ -53,8 +55,8 @@ impl MmioTransport {
 
     /// The first 32-bit word of the configuration space.
     pub fn config_word(&self) -> u32 {
-        let mut batch = Batch::default();
-        let word = batch.read(self.registers.address(offset::CONFIG));
-        batch.run().value(word)
+        let mut read = [Access::read(self.registers.address(offset::CONFIG))];
+        gate::access_registers(&mut read);
+        read[0].value()
     }
 }

@@ -3,6 +3,8 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
+use agent::vsock::{Answer, Listener};
+
 use super::transport::MmioTransport;
 use crate::arch::mmio::Registers;
 use crate::arch::virtio::{Refusal, VirtioSetUp};
@@ -10,7 +12,6 @@ use crate::arch::{gate, records};
 use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
 use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
 use crate::io_apic;
-use agent::vsock::{Answer, Listener};
 
 const TO_GUEST: u16 = 0;
 const TO_HOST: u16 = 1;
