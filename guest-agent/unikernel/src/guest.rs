@@ -29,7 +29,6 @@ pub struct Agent {
     timings: Timings,
     /// When ring 3 began.
     entered: tsc::Native,
-    register_accesses: usize,
 }
 
 impl Agent {
@@ -44,7 +43,6 @@ impl Agent {
             pmu: None,
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
-            register_accesses: 0,
         }
     }
 
@@ -53,10 +51,9 @@ impl Agent {
         self.log.push(tsc::now(), level, text);
     }
 
-    /// Notes that the vsock driver is ready and what it took.
-    pub fn set_ready(&mut self, register_accesses: usize) {
+    /// Notes that the vsock driver is ready.
+    pub fn set_ready(&mut self) {
         self.timings.tsc_ready = tsc::now();
-        self.register_accesses = register_accesses;
     }
 
     /// What a kernel says and checks while it boots. The first connection is greeted before, to be greeted early; nothing
@@ -68,7 +65,7 @@ impl Agent {
         }
         let facts = gate::cpu_facts();
         self.timings.tsc_khz = facts.tsc_khz;
-        self.timings.tsc_agent = self.entered.at_ring0();
+        self.timings.tsc_agent = self.entered.in_ring0();
         self.log_boot();
         let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
         for (level, text) in lines {
@@ -131,9 +128,7 @@ impl Agent {
             ));
         }
         if self.timings.tsc_ready != 0 {
-            let accesses = self.register_accesses;
-            let text = format!("virtio_vsock: ready after {accesses} register accesses");
-            self.log.push(self.timings.tsc_ready, Level::Info, text);
+            self.log.push(self.timings.tsc_ready, Level::Info, "virtio_vsock: ready".into());
         }
     }
 

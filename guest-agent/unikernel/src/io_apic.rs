@@ -1,6 +1,7 @@
 //! The I/O APIC (82093AA): routes a device's pin to the device vector, edge-triggered, to the boot CPU.
 
-use crate::arch::mmio::{Batch, Registers};
+use crate::arch::gate;
+use crate::arch::mmio::{Access, Registers};
 use crate::arch::nucleus::DEVICE_VECTOR;
 
 const BASE: u64 = 0xfec0_0000;
@@ -14,11 +15,12 @@ const PINS: u8 = 24;
 pub fn route(pin: u8) {
     let Some(registers) = Registers::at(BASE, 0x20).filter(|_| pin < PINS) else { return };
     let entry = REDIRECTION + 2 * u32::from(pin);
-    let mut batch = Batch::with_capacity(4);
+    let (select, window) = (registers.address(SELECT), registers.address(WINDOW));
     // Upper half first: the lower one unmasks. Physical destination 0; fixed delivery, edge, active high.
-    for (register, value) in [(entry + 1, 0), (entry, u32::from(DEVICE_VECTOR))] {
-        batch.write(registers.address(SELECT), register);
-        batch.write(registers.address(WINDOW), value);
-    }
-    batch.run();
+    gate::access_registers(&mut [
+        Access::write(select, entry + 1),
+        Access::write(window, 0),
+        Access::write(select, entry),
+        Access::write(window, DEVICE_VECTOR.into()),
+    ]);
 }

@@ -25,17 +25,16 @@ use agent::kernel_log::Level;
 use agent::params::Params;
 use agent::vsock::Listener;
 use alloc::format;
-use virtio_drivers::transport::DeviceType;
 
 use arch::mmio::Registers;
 use arch::{heap, pvh, tsc};
 use guest::Agent;
 use serial::Serial;
-use virtio::{MmioTransport, VsockDevice};
+use virtio::VsockDevice;
 
 /// Where ring 3 begins (tables.s).
 extern "C" fn agent_start() -> ! {
-    let agent_entered = tsc::Native::now();
+    let agent_entered = tsc::init();
     heap::init();
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);
@@ -55,14 +54,15 @@ extern "C" fn agent_start() -> ! {
 /// The first vsock device of the command line, running.
 #[inline(never)]
 fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
-    let (irq, transport) = params.devices().find_map(|device| {
-        let registers = Registers::at(device.base, device.size)?;
-        Some((device.irq, MmioTransport::find(registers, DeviceType::Socket)?))
-    })?;
-    match VsockDevice::start(transport, irq) {
+    let devices = params
+        .devices()
+        .filter_map(|device| Some((Registers::at(device.base, device.size)?, device.irq)));
+    match VsockDevice::start(devices) {
         Ok(device) => {
-            agent.set_ready(device.register_accesses());
-            Some(device)
+            if device.is_some() {
+                agent.set_ready();
+            }
+            device
         }
         Err(error) => {
             agent.log(Level::Error, format!("virtio_vsock: probe failed: {error}"));

@@ -3,5 +3,4 @@
 mod transport;
 mod vsock_device;
 
-pub use transport::MmioTransport;
 pub use vsock_device::VsockDevice;

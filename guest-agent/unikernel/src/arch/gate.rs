@@ -19,7 +19,6 @@ enum Service {
     Virtio,
     Msrs,
     Cpuid,
-    Tsc,
     Triple,
     Stop,
 }
@@ -40,32 +39,26 @@ pub fn wait_for_interrupt(seen: u32, interrupt_ack: RegisterAddress) {
     call(u64::from(seen), interrupt_ack.get().into(), Service::Wait);
 }
 
-/// Carries out register accesses in order. Returns ring 0's time-stamp counter after the last one.
+/// Carries out register accesses in order.
 ///
 /// # Panics
 /// If there are more than [`MAX_ACCESSES`].
-pub(super) fn access_registers(accesses: &mut [Access]) -> u64 {
+pub fn access_registers(accesses: &mut [Access]) {
     assert!(accesses.len() <= MAX_ACCESSES, "{} register accesses", accesses.len());
     if accesses.is_empty() {
-        return ring0_tsc();
+        return;
     }
     for access in &mut *accesses {
         access.aim();
     }
     // Of every access one address is that of a register, by `Registers`, and the other that of its own `value`.
-    call(accesses.as_mut_ptr() as u64, accesses.len() as u64, Service::Registers)
+    call(accesses.as_mut_ptr() as u64, accesses.len() as u64, Service::Registers);
 }
 
-/// Carries out a set-up of the device whose registers begin here.
-pub(super) fn set_up_virtio(registers: RegisterAddress, set_up: &mut VirtioSetUp) {
-    // The window holds all registers that are written, by `Registers`; the struct has the layout that ring 0 expects, and
-    // at least one queue and no more than there is room for.
-    call(registers.get().into(), (&raw mut *set_up) as u64, Service::Virtio);
-}
-
-/// Ring 0's time-stamp counter.
-pub fn ring0_tsc() -> u64 {
-    call(0, 0, Service::Tsc)
+/// Carries out a set-up of the device whose registers begin here. Returns ring 0's time-stamp counter afterwards.
+pub(super) fn set_up_virtio(registers: RegisterAddress, set_up: &mut VirtioSetUp) -> u64 {
+    // `VirtioSetUp::run` vouches for the registers, `VirtioSetUp::new` for the number of queues.
+    call(registers.get().into(), (&raw mut *set_up) as u64, Service::Virtio)
 }
 
 /// Ends this life with an exception that cannot be delivered.

@@ -21,7 +21,7 @@ trap_6:
 # In the order of `Service` in gate.rs, the only caller of gate_call.
 .balign 8
 gate_services:
-    .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_tsc, gate_triple, gate_stop
+    .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -39,7 +39,7 @@ gate_wait:
     iretq
 
 # rdi = an array of `Access`, rsi = how many; at least one. An access copies a 32-bit word between a register and the
-# array itself, so reads and writes need no branch: five instructions each. Returns the time.
+# array itself, so reads and writes need no branch: five instructions each.
 gate_registers:
     movq %rdi, %rdx
     movl %esi, %ecx
@@ -48,41 +48,55 @@ gate_registers:
     movsl
     addq $20, %rdx
     loop 1b
-    jmp gate_tsc
+    iretq
 
-# rdi = registers of a virtio-mmio device, rsi = `VirtioSetUp`: everything from reset to DRIVER_OK in the order of virtio
-# 1.3, section 3.1.1. As accesses of gate_registers it would take three times as many instructions.
+# rdi = registers of a virtio-mmio device, rsi = `VirtioSetUp`: everything from the first look to DRIVER_OK in the order of
+# virtio 1.3, sections 4.2.3 and 3.1.1, as far as the device plays along. As accesses of gate_registers it would take
+# three times as many instructions. Returns the time.
 gate_virtio:
+    cmpl $0x74726976, (%rdi)        # MagicValue
+    jne 2f
+    cmpl $2, 0x4(%rdi)              # Version
+    jne 2f
+    movl 4(%rsi), %eax
+    cmpl %eax, 0x8(%rdi)            # DeviceID
+    jne 2f
+    incl (%rsi)                     # progress
     movl $0, 0x70(%rdi)             # Status: reset, ACKNOWLEDGE, DRIVER; one bit at a time as strict monitors want it
     movl $1, 0x70(%rdi)
     movl $3, 0x70(%rdi)
     movl $1, 0x24(%rdi)             # DriverFeaturesSel: the upper word; the lower one is zero after a reset
-    movl (%rsi), %eax
+    movl 8(%rsi), %eax
     movl %eax, 0x20(%rdi)           # DriverFeatures
-    movl $11, 0x70(%rdi)            # FEATURES_OK
-    movl 0x70(%rdi), %eax
-    movl %eax, 4(%rsi)
-    movl 8(%rsi), %ecx              # number of queues, at least one
-    leaq 16(%rsi), %rdx
+    movl $11, 0x70(%rdi)            # FEATURES_OK, and whether it stays
+    testl $8, 0x70(%rdi)
+    jz 2f
+    incl (%rsi)
+    movl 12(%rsi), %ecx
+    leaq 20(%rsi), %rdx
     xorl %r8d, %r8d
 1:  movl %r8d, 0x30(%rdi)           # QueueSel
-    movl 0x34(%rdi), %eax           # QueueSizeMax
-    movl %eax, (%rdx)
-    movl 4(%rdx), %eax
+    movl (%rdx), %eax
+    cmpl %eax, 0x34(%rdi)           # QueueSizeMax
+    jb 2f
     movl %eax, 0x38(%rdi)           # QueueSize
-    movl 8(%rdx), %eax
+    movl 4(%rdx), %eax
     movl %eax, 0x80(%rdi)           # QueueDesc; the upper halves of addresses are zero after a reset
-    movl 12(%rdx), %eax
+    movl 8(%rdx), %eax
     movl %eax, 0x90(%rdi)           # QueueDriver
-    movl 16(%rdx), %eax
+    movl 12(%rdx), %eax
     movl %eax, 0xa0(%rdi)           # QueueDevice
     movl $1, 0x44(%rdi)             # QueueReady
-    addq $20, %rdx
+    addq $16, %rdx
     incl %r8d
     loop 1b
+    incl (%rsi)
     movl 0x100(%rdi), %eax          # Config
-    movl %eax, 12(%rsi)
+    movl %eax, 16(%rsi)
     movl $15, 0x70(%rdi)            # DRIVER_OK
+2:  rdtsc
+    shlq $32, %rdx
+    orq %rdx, %rax
     iretq
 
 # rdi, rsi = start and end of an array of `MsrOperation`; at least one.
@@ -131,12 +145,6 @@ gate_cpuid:
     cmpq %rsi, %rdi
     jne 1b
     movq %r8, %rbx
-    iretq
-
-gate_tsc:
-    rdtsc
-    shlq $32, %rdx
-    orq %rdx, %rax
     iretq
 
 # An exception that cannot be delivered: shutdown.

@@ -1,11 +1,7 @@
 //! Device registers in the window from 3 to 4 GiB, which the page tables map uncached and no memory lies in.
 //!
 //! Where ring 0 is emulated, an access that the monitor answers costs 35 us from ring 3 but 9 us from ring 0, so accesses
-//! are put into an array and carried out together by the gate.
-
-use alloc::vec::Vec;
-
-use super::{gate, tsc};
+//! are carried out by the gate (`gate::access_registers`), together where there are several.
 
 const WINDOW: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
 
@@ -36,6 +32,11 @@ impl Registers {
         inside.then_some(Self { base, size })
     }
 
+    /// Whether there is one at this place.
+    pub fn contain(&self, offset: u64) -> bool {
+        offset + 4 <= self.size
+    }
+
     /// Writes one from ring 3, which is the cheapest where the monitor is not involved: notifications.
     pub fn write_now(&self, offset: u64, value: u32) {
         let register = self.address(offset).get() as usize as *mut u32;
@@ -48,7 +49,7 @@ impl Registers {
     /// # Panics
     /// If there is no such register.
     pub fn address(&self, offset: u64) -> RegisterAddress {
-        assert!(offset.is_multiple_of(4) && offset + 4 <= self.size, "register {offset:#x}");
+        assert!(offset.is_multiple_of(4) && self.contain(offset), "register {offset:#x}");
         // The window ends at 4 GiB.
         RegisterAddress((self.base + offset) as u32)
     }
@@ -57,7 +58,7 @@ impl Registers {
 /// An access to one register. Ring 0 (gate.s) knows the layout, and copies a word `from` one address `to` another: that of
 /// the register and that of `value`.
 #[repr(C)]
-pub(super) struct Access {
+pub struct Access {
     from: u32,
     to: u32,
     value: u32,
@@ -66,58 +67,26 @@ pub(super) struct Access {
 }
 
 impl Access {
+    /// To be read.
+    pub fn read(register: RegisterAddress) -> Self {
+        Self { from: 0, to: 0, value: 0, register, writes: false }
+    }
+
+    /// To be written.
+    pub fn write(register: RegisterAddress, value: u32) -> Self {
+        Self { from: 0, to: 0, value, register, writes: true }
+    }
+
+    /// What was read.
+    pub fn value(&self) -> u32 {
+        self.value
+    }
+
     /// Fills the addresses in; to be called where the access will stay while ring 0 carries it out.
     pub(super) fn aim(&mut self) {
         // The agent's memory ends below 1 GiB and is identity-mapped.
         let value = (&raw mut self.value) as usize as u32;
         let register = self.register.get();
         (self.from, self.to) = if self.writes { (value, register) } else { (register, value) };
-    }
-}
-
-/// Names a read of a batch.
-#[derive(Clone, Copy)]
-pub struct Reading(usize);
-
-/// Register accesses to be carried out together, in order.
-pub struct Batch(Vec<Access>);
-
-impl Batch {
-    /// Nothing to do yet; `capacity` avoids growing.
-    pub fn with_capacity(capacity: usize) -> Self {
-        Self(Vec::with_capacity(capacity))
-    }
-
-    /// Adds a read.
-    pub fn read(&mut self, register: RegisterAddress) -> Reading {
-        self.0.push(Access { from: 0, to: 0, value: 0, register, writes: false });
-        Reading(self.0.len() - 1)
-    }
-
-    /// Adds a write.
-    pub fn write(&mut self, register: RegisterAddress, value: u32) {
-        self.0.push(Access { from: 0, to: 0, value, register, writes: true });
-    }
-
-    /// Does it.
-    pub fn run(mut self) -> Done {
-        let ring0_tsc = gate::access_registers(&mut self.0);
-        tsc::calibrate(ring0_tsc);
-        Done(self.0)
-    }
-}
-
-/// A batch that was carried out.
-pub struct Done(Vec<Access>);
-
-impl Done {
-    /// What was read.
-    pub fn value(&self, reading: Reading) -> u32 {
-        self.0[reading.0].value
-    }
-
-    /// How many accesses there were.
-    pub fn len(&self) -> usize {
-        self.0.len()
     }
 }

@@ -130,7 +130,7 @@ io_permissions:
 io_permissions_end:
 
 .section .bss.large.stacks, "aw", @nobits
-.balign 64
+.balign 4096
     .skip 16384
 fatal_stack_end:
     .skip 131072

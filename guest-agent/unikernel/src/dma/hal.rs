@@ -53,6 +53,11 @@ unsafe impl Hal for AgentHal {
         let rings = NonNull::from(&RINGS.0).cast::<u8>();
         // SAFETY: `first` is below RING_PAGES, so the result lies in the same static.
         let start = unsafe { rings.add(first * PAGE_SIZE) };
+        for page in 0..pages {
+            // SAFETY: these pages are still nobody's. They are zero already; but where a page is read before the host
+            // writes it, it comes into the guest twice, at 10 us each.
+            unsafe { start.add(page * PAGE_SIZE).write_volatile(0) };
+        }
         let bytes = NonNull::slice_from_raw_parts(start, pages * PAGE_SIZE);
         TRACKER.0.borrow_mut().share_ring(span(bytes, direction));
         (start.as_ptr() as PhysAddr, start)

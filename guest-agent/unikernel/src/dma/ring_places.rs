@@ -35,7 +35,7 @@ impl Transport for RingPlaces {
     ) {
         let [descriptors, driver_area, device_area] = [descriptors, driver_area, device_area]
             .map(|place| u32::try_from(place).expect("the agent's memory lies below 4 GiB"));
-        self.0 = QueueSetUp { size_max: 0, size, descriptors, driver_area, device_area };
+        self.0 = QueueSetUp { size, descriptors, driver_area, device_area };
     }
 
     fn device_type(&self) -> DeviceType {

@@ -3,12 +3,15 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
-use super::transport::{MmioTransport, SetupError};
+use agent::vsock::{Answer, Listener};
+
+use super::transport::MmioTransport;
+use crate::arch::mmio::Registers;
+use crate::arch::virtio::{Refusal, VirtioSetUp};
 use crate::arch::{gate, records};
 use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
 use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
 use crate::io_apic;
-use agent::vsock::{Answer, Listener};
 
 const TO_GUEST: u16 = 0;
 const TO_HOST: u16 = 1;
@@ -16,6 +19,8 @@ const EVENT: u16 = 2;
 
 const TRANSPORT_RESET: u32 = 0;
 
+/// Section 5.10.1.
+const DEVICE_TYPE: u32 = 19;
 const VERSION_1: u64 = 1 << 32;
 
 /// How often to look at the rings before sleeping: some 30 us, about what going to sleep and waking up costs.
@@ -24,17 +29,21 @@ const POLLS: u32 = 1500;
 /// Why there is no vsock.
 #[derive(Clone, Copy, Debug)]
 pub enum StartError {
-    /// The device is older than virtio 1.0 or refuses our features.
-    Features,
-    /// A queue is missing or too small.
-    Queue(virtio_drivers::Error),
+    /// The device does not play along.
+    Device(Refusal),
+    /// The queues do not fit into the memory set aside for them.
+    Memory(virtio_drivers::Error),
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Features => f.write_str("device does not accept VIRTIO_F_VERSION_1"),
-            Self::Queue(error) => write!(f, "queue: {error}"),
+            Self::Device(Refusal::NotSuch) => f.write_str("no vsock device"),
+            Self::Device(Refusal::Features) => {
+                f.write_str("device does not accept VIRTIO_F_VERSION_1")
+            }
+            Self::Device(Refusal::Queue) => f.write_str("queue: missing or too small"),
+            Self::Memory(error) => write!(f, "queue: {error}"),
         }
     }
 }
@@ -50,39 +59,41 @@ pub struct VsockDevice {
 }
 
 impl VsockDevice {
-    /// Sets the device up. `irq` is its pin of the I/O APIC.
+    /// Sets up the first vsock device among these. None is no error.
     ///
     /// # Errors
     /// If the device does not play along.
-    pub fn start(mut transport: MmioTransport, irq: u8) -> Result<Self, StartError> {
+    pub fn start(
+        mut devices: impl Iterator<Item = (Registers, u8)>,
+    ) -> Result<Option<Self>, StartError> {
         let mut to_guest =
-            ToGuestQueue::new(TO_GUEST, &pools::TO_GUEST).map_err(StartError::Queue)?;
-        let to_host = ToHostQueue::new(TO_HOST, &pools::TO_HOST).map_err(StartError::Queue)?;
-        let mut events = ToGuestQueue::new(EVENT, &pools::EVENT).map_err(StartError::Queue)?;
+            ToGuestQueue::new(TO_GUEST, &pools::TO_GUEST).map_err(StartError::Memory)?;
+        let to_host = ToHostQueue::new(TO_HOST, &pools::TO_HOST).map_err(StartError::Memory)?;
+        let mut events = ToGuestQueue::new(EVENT, &pools::EVENT).map_err(StartError::Memory)?;
         to_guest.set_interrupts(false);
         events.set_interrupts(false);
         // Streams are what a vsock device does when no feature of its own was negotiated. A device that does not offer
         // VERSION_1 must not accept it either, so the offer is not read.
         let queues = [to_guest.set_up(), to_host.set_up(), events.set_up()];
-        let guest_cid = transport.set_up(VERSION_1, &queues).map_err(|error| match error {
-            SetupError::Features => StartError::Features,
-            SetupError::Queue => StartError::Queue(virtio_drivers::Error::InvalidParam),
-        })?;
+        let mut set_up = VirtioSetUp::new(DEVICE_TYPE, VERSION_1, &queues);
+        let started = devices.find_map(|(registers, irq)| {
+            match MmioTransport::start(registers, &mut set_up) {
+                Err(Refusal::NotSuch) => None,
+                result => Some((result, irq)),
+            }
+        });
+        let Some((result, irq)) = started else { return Ok(None) };
+        let (transport, guest_cid) = result.map_err(StartError::Device)?;
         let device =
             Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
-        Ok(device)
+        Ok(Some(device))
     }
 
     /// Our context id. Its upper half is reserved and zero.
     pub fn guest_cid(&self) -> u64 {
         self.guest_cid.into()
-    }
-
-    /// How many register accesses there were.
-    pub fn register_accesses(&self) -> usize {
-        self.transport.accesses()
     }
 
     /// Hands everything that has come in to the listener.
