@@ -56,8 +56,27 @@ fn resets_in_place_come_first_as_many_as_were_asked_for() {
 
 #[test]
 fn a_halted_guest_is_ended_by_ctrl_c() {
+    is_ended_by_a_signal(&Guest::new().halt());
+}
+
+#[test]
+fn a_guest_that_never_leaves_its_loop_is_ended_by_ctrl_c() {
+    // 1: jmp 1b
+    is_ended_by_a_signal(&Guest::new().raw(&[0xeb, 0xfe]));
+}
+
+#[test]
+fn a_guest_that_prints_for_ever_is_ended_by_ctrl_c() {
+    // mov dx, 0x3f8; mov al, '.'; 1: out dx, al; jmp 1b
+    is_ended_by_a_signal(
+        &Guest::new().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]),
+    );
+}
+
+#[track_caller]
+fn is_ended_by_a_signal(guest: &Guest) {
     let dir = temp_dir();
-    let kernel = file(&dir, "guest.elf", &Guest::new().halt().elf());
+    let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
     let child = command.spawn().unwrap();
     let status = format!("/proc/{}/task", child.id());
@@ -66,7 +85,9 @@ fn a_halted_guest_is_ended_by_ctrl_c() {
         tasks >= 3
     });
     signal(&child, rustix::process::Signal::TERM);
-    finish(child, "a halted guest".into()).expect_status(130).expect_stderr("interrupted");
+    finish(child, "cleanslate run --kernel, terminated".into())
+        .expect_status(130)
+        .expect_stderr("interrupted");
 }
 
 #[test]

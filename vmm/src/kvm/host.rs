@@ -21,6 +21,15 @@ pub enum KvmKind {
 }
 
 impl KvmKind {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vmx => "KVM on Intel VT-x",
+            Self::Svm => "KVM on AMD-V",
+            Self::Software => "KVM without hardware virtualization",
+        }
+    }
+
     /// Tells by the vendor module, which is listed whether it is loaded or built in. Costs two look-ups in sysfs.
     pub fn detect() -> Self {
         let module = |name: &str| Path::new("/sys/module").join(name).exists();

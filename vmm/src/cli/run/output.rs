@@ -36,6 +36,17 @@ struct Pmu {
     absence: PmuAbsence,
 }
 
+impl Pmu {
+    fn words(&self) -> &'static str {
+        match self.absence {
+            PmuAbsence::Capability => "PMU off by KVM_CAP_PMU_CAPABILITY and CPUID",
+            PmuAbsence::ModuleParameter => "PMU off by kvm.enable_pmu=N and CPUID",
+            PmuAbsence::CpuidOnly => "PMU off by CPUID alone (this kernel cannot disable it)",
+            PmuAbsence::NotAbsent => "PMU as KVM gives it",
+        }
+    }
+}
+
 impl<'a> Summary<'a> {
     pub fn new(machine: &Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
         Self {
@@ -134,6 +145,8 @@ impl Output {
         for Finding { name, life, detail } in summary.findings {
             let _ = writeln!(text, "finding in life {life}: {name}: {detail}");
         }
+        let HostInfo { kernel, kvm, .. } = &summary.host;
+        let _ = writeln!(text, "host: Linux {kernel}, {}; {}", kvm.name(), summary.pmu.words());
         let lives = plural(self.lives as usize, "life", "lives");
         let _ = match summary.findings.len() {
             0 => writeln!(text, "clean: {lives}, no findings"),
