@@ -128,9 +128,9 @@ impl Endpoint {
                 match stream.write_volatile(&rest) {
                     Ok(count) => {
                         written += count;
+                        blocked = count < rest.len();
                         // Cannot fail: no more is written than there was.
                         rest = rest.offset(count).unwrap_or(rest);
-                        blocked = count == 0;
                     }
                     Err(error) if would_block(&error) => blocked = true,
                     Err(_) => return self.host_stops_reading(),
