@@ -111,13 +111,12 @@ impl Vsock {
 
     /// Moves packets both ways until there is nothing to move, or enough was moved for one call.
     fn serve(&mut self) {
-        let Some(guest) = &mut self.guest else { return };
-        let served = guest.serve(&mut self.host);
+        let served = self.guest.as_mut().map(|guest| guest.serve(&mut self.host));
         self.host.park();
         match served {
-            Ok(true) => self.host.wake(),
-            Ok(false) => {}
-            Err(BrokenRing) => self.give_up(),
+            Some(Ok(true)) => self.host.wake(),
+            Some(Ok(false)) | None => {}
+            Some(Err(BrokenRing)) => self.give_up(),
         }
     }
 

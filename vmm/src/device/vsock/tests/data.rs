@@ -307,3 +307,27 @@ fn one_batch_takes_one_interrupt_and_no_kick_that_was_not_asked_for() {
     assert_eq!(driver.kicks - kicks, 1);
     assert!(driver.interrupts.used.load(Ordering::Relaxed) - interrupts <= 1);
 }
+
+#[test]
+fn without_the_event_index_the_rings_flags_suppress_notifications() {
+    use std::sync::atomic::Ordering;
+    use vm_memory::Bytes;
+    let mut driver = TestDriver::without_buffers(pathless(), false);
+    driver.post(256);
+    let (mut stream, key) = connected(&mut driver);
+    let kicks = driver.kicks;
+    for _ in 0..20 {
+        stream.write_all(b"one packet").unwrap();
+        driver.expect(Op::ReadWrite);
+    }
+    assert_eq!(driver.kicks, kicks, "there are buffers enough");
+    let interrupts = driver.interrupts.used.load(Ordering::Relaxed);
+    for queue in [&driver.to_guest, &driver.to_host] {
+        driver.ram.write_obj(1u16, queue.avail).unwrap();
+    }
+    stream.write_all(b"polled").unwrap();
+    driver.send_data(key, b"polled");
+    driver.run_backend();
+    assert!(driver.to_guest.take_used(&driver.ram).is_some());
+    assert_eq!(driver.interrupts.used.load(Ordering::Relaxed), interrupts);
+}
