@@ -211,6 +211,20 @@ fn a_guest_that_stops_to_receive_still_sends() {
     assert!(stream.write_all(b"nobody reads").is_err());
     driver.send_data(key, b"one way");
     assert_eq!(read_exact(&stream, 7), b"one way");
+    assert!(!driver.backend_is_ready(), "nothing more can be read, so nobody waits for it");
+}
+
+#[test]
+fn a_host_that_stops_to_receive_still_sends() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    stream.shutdown(Direction::Read).unwrap();
+    driver.send_data(key, b"nobody reads");
+    let (shutdown, _) = driver.expect(Op::Shutdown);
+    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::RECEIVE);
+    driver.send_data(key, &[0; 1 << 16]);
+    stream.write_all(b"one way").unwrap();
+    assert_eq!(driver.expect(Op::ReadWrite).1, b"one way");
     driver.expect_silence();
 }
 
