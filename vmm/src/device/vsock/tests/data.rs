@@ -345,3 +345,42 @@ fn without_the_event_index_the_rings_flags_suppress_notifications() {
     assert!(driver.to_guest.take_used(&driver.ram).is_some());
     assert_eq!(driver.interrupts.used.load(Ordering::Relaxed), interrupts);
 }
+
+#[test]
+fn a_full_ring_is_served_with_one_kick_and_so_is_what_comes_after() {
+    for event_idx in [false, true] {
+        let mut driver = TestDriver::without_buffers(pathless(), event_idx);
+        driver.post(64);
+        let (stream, key) = connected(&mut driver);
+        // All packets in the ring are this one.
+        let header = Header { len: 2, ..driver.header(key, Op::ReadWrite) };
+        driver.add(header, b"ab");
+        driver.kick_to_host();
+        let head = driver.to_host.take_used(&driver.ram).unwrap().0;
+        let kicks = driver.kicks;
+        for _ in 0..256 {
+            driver.to_host.add(&driver.ram, head);
+        }
+        driver.kick_to_host();
+        assert_eq!(read_exact(&stream, 514), b"ab".repeat(257));
+        assert_eq!(driver.kicks, kicks + 1);
+        driver.run_backend();
+        while driver.to_host.take_used(&driver.ram).is_some() {}
+        driver.send_data(key, b"after");
+        assert_eq!(read_exact(&stream, 5), b"after");
+    }
+}
+
+#[test]
+fn a_buffer_that_is_not_needed_after_all_serves_the_next_packet() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    // Exactly as much as fits: only another read can tell that there is no more.
+    let chunk = pattern(BUFFER_LEN as usize - super::super::packet::HEADER_LEN);
+    for round in 1..=600u32 {
+        stream.write_all(&chunk).unwrap();
+        assert_eq!(driver.expect(Op::ReadWrite).1, chunk);
+        let fwd_cnt = round * chunk.len() as u32;
+        driver.send(Header { fwd_cnt, ..driver.header(key, Op::CreditUpdate) }, &[]);
+    }
+}
