@@ -222,7 +222,9 @@ fn a_host_that_stops_to_receive_still_sends() {
     driver.send_data(key, b"nobody reads");
     let (shutdown, _) = driver.expect(Op::Shutdown);
     assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::RECEIVE);
-    driver.send_data(key, &[0; 1 << 16]);
+    for _ in 0..6 {
+        driver.send_data(key, &[0; 1 << 16]);
+    }
     stream.write_all(b"one way").unwrap();
     assert_eq!(driver.expect(Op::ReadWrite).1, b"one way");
     driver.expect_silence();
@@ -383,4 +385,31 @@ fn a_buffer_that_is_not_needed_after_all_serves_the_next_packet() {
         let fwd_cnt = round * chunk.len() as u32;
         driver.send(Header { fwd_cnt, ..driver.header(key, Op::CreditUpdate) }, &[]);
     }
+}
+
+#[test]
+fn a_packet_spreads_over_the_buffers_of_a_chain() {
+    use vm_memory::{Bytes, GuestAddress};
+    let mut driver = TestDriver::without_buffers(pathless(), true);
+    let mut stream = driver.vsock.connector().connect(GuestPort(1)).unwrap();
+    driver.post(1);
+    driver.run_backend();
+    driver.accept();
+    assert_eq!(driver.to_guest.take_used(&driver.ram), None);
+    // The header itself is in two pieces. Number 0 is the buffer that was posted before.
+    for (id, desc) in
+        [(10, (0x20_0000, 30, 3, 11)), (11, (0x21_0000, 20, 3, 12)), (12, (0x22_0000, 100, 2, 0))]
+    {
+        driver.to_guest.write_descriptor(&driver.ram, id, desc);
+    }
+    driver.to_guest.add(&driver.ram, 10);
+    stream.write_all(&pattern(BUFFER_LEN as usize - 44 + 106)).unwrap();
+    driver.run_backend();
+    assert_eq!(driver.to_guest.take_used(&driver.ram).unwrap().1, BUFFER_LEN);
+    assert_eq!(driver.to_guest.take_used(&driver.ram), Some((10, 150)));
+    let (mut head, mut tail) = ([0; 20], [0; 100]);
+    driver.ram.read_slice(&mut head, GuestAddress(0x21_0000)).unwrap();
+    driver.ram.read_slice(&mut tail, GuestAddress(0x22_0000)).unwrap();
+    let expected = &pattern(BUFFER_LEN as usize - 44 + 106)[BUFFER_LEN as usize - 44..];
+    assert_eq!((&head[14..], &tail[..]), (&expected[..6], &expected[6..]));
 }
