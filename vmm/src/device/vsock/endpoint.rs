@@ -152,7 +152,7 @@ impl Endpoint {
                     self.backlog.consume(count);
                     self.connection.forwarded(count as u32);
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if is_transient(&error) => return,
                 Err(_) => return self.host_stops_reading(),
             }
         }
@@ -324,9 +324,12 @@ impl Endpoint {
 
 fn would_block(error: &VolatileMemoryError) -> bool {
     match error {
-        VolatileMemoryError::IOError(error) => {
-            matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
-        }
+        VolatileMemoryError::IOError(error) => is_transient(error),
         _ => false,
     }
+}
+
+/// True if the socket is in order and will say when to try again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
