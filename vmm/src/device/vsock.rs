@@ -50,9 +50,6 @@ const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
 /// How long a guest may take to answer a request or a shutdown, and a client to finish its line.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Rounds over both queues in one call; what is left then waits for the next call, so that other devices get theirs.
-const MAX_ROUNDS: usize = 4;
-
 /// The device.
 #[derive(Debug)]
 pub struct Vsock {
@@ -111,13 +108,12 @@ impl Vsock {
 
     /// Moves packets both ways until there is nothing to move, or enough was moved for one call.
     fn serve(&mut self) {
-        let Some(guest) = &mut self.guest else { return };
-        let served = guest.serve(&mut self.host);
+        let served = self.guest.as_mut().map(|guest| guest.serve(&mut self.host));
         self.host.park();
         match served {
-            Ok(true) => self.host.wake(),
-            Ok(false) => {}
-            Err(BrokenRing) => self.give_up(),
+            Some(Ok(true)) => self.host.wake(),
+            Some(Ok(false)) | None => {}
+            Some(Err(BrokenRing)) => self.give_up(),
         }
     }
 
@@ -151,25 +147,16 @@ impl Guest {
         }))
     }
 
-    /// True if there is more to do than fits into one call.
+    /// Serves each queue once. True if there is more to do, so that other devices get their turn first.
     fn serve(&mut self, host: &mut Host) -> Result<bool, BrokenRing> {
-        let mut more = true;
-        for _ in 0..MAX_ROUNDS {
-            let to_host = self.drain(host)?;
-            let to_guest = self.fill(host)?;
-            // Without buffers for what the guest is owed, it is the guest's move.
-            more = to_guest == Pause::Enough
-                || to_host == Pause::Enough
-                || to_host == Pause::NoBuffers && to_guest == Pause::Done;
-            if !more {
-                break;
-            }
-        }
-        let signal = self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)?;
-        if signal {
+        let to_host = self.drain(host)?;
+        let to_guest = self.fill(host)?;
+        if self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)? {
             self.interrupt.signal_used();
         }
-        Ok(more)
+        // Without buffers for what the guest is owed, it is the guest's move.
+        let resume = to_host == Pause::NoBuffers && to_guest == Pause::Done;
+        Ok(to_host == Pause::Enough || to_guest == Pause::Enough || resume)
     }
 
     /// Takes packets from the guest, at most a ring full of them.

@@ -26,7 +26,8 @@ impl VsockConnector {
     /// Asks for a connection to `port` of the guest, and returns the near end of it at once, in blocking mode.
     ///
     /// The request reaches the guest as soon as it has posted buffers, which may be long after. Bytes written before
-    /// that wait in the socket. If the guest refuses, does not answer, or is reset, the stream is at its end.
+    /// that wait in the socket. If the guest refuses, does not answer, or is reset, the stream is at its end. Dropping
+    /// the stream before the guest has accepted withdraws the request.
     ///
     /// # Errors
     /// No descriptors are left, too many connections wait for the event loop, or the device is gone.

@@ -128,9 +128,9 @@ impl Endpoint {
                 match stream.write_volatile(&rest) {
                     Ok(count) => {
                         written += count;
+                        blocked = count < rest.len();
                         // Cannot fail: no more is written than there was.
                         rest = rest.offset(count).unwrap_or(rest);
-                        blocked = count == 0;
                     }
                     Err(error) if would_block(&error) => blocked = true,
                     Err(_) => return self.host_stops_reading(),
@@ -152,7 +152,7 @@ impl Endpoint {
                     self.backlog.consume(count);
                     self.connection.forwarded(count as u32);
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if is_transient(&error) => return,
                 Err(_) => return self.host_stops_reading(),
             }
         }
@@ -194,31 +194,32 @@ impl Endpoint {
         }
     }
 
-    /// Reads from the host's socket into `chain`, after the header. Whenever it reads less than there is room for, the
-    /// socket is no longer taken to be readable.
+    /// Reads from the host's socket into `chain`, after the header. Unless it fills all the room there is, the socket is
+    /// no longer taken to be readable.
     fn read_payload(&mut self, ram: &GuestRam, chain: &Chain, stats: &mut VsockStats) -> u32 {
         let room = chain.len().saturating_sub(HEADER_LEN as u64);
         let room = room.min(self.connection.payload_room().min(BUF_ALLOC).into()) as usize;
         let mut total = 0;
+        self.readable = false;
         for mut slice in chain.slices(ram, HEADER_LEN, room) {
             let Some(stream) = self.stream.as_mut() else { break };
             match stream.read_volatile(&mut slice) {
                 Ok(0) => self.host_stops_sending(),
                 Ok(count) => {
                     total += count;
-                    if count == slice.len() {
+                    if total == room {
+                        self.readable = true;
+                    } else if count == slice.len() {
                         continue;
                     }
                 }
                 Err(error) if would_block(&error) => {}
                 // The bytes read before the error are still good; it will be there again at the next read.
-                Err(_) if total > 0 => return total as u32,
+                Err(_) if total > 0 => self.readable = true,
                 Err(_) => self.fail(stats),
             }
-            self.readable = false;
             break;
         }
-        self.readable &= total > 0;
         total as u32
     }
 
@@ -323,9 +324,12 @@ impl Endpoint {
 
 fn would_block(error: &VolatileMemoryError) -> bool {
     match error {
-        VolatileMemoryError::IOError(error) => {
-            matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
-        }
+        VolatileMemoryError::IOError(error) => is_transient(error),
         _ => false,
     }
+}
+
+/// True if the socket is in order and will say when to try again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }

@@ -78,7 +78,7 @@ impl Host {
                 Token::Connection(key) => self.handle_connection(key, &event),
             }
         }
-        self.arm_timer(self.clients.next_deadline().is_some());
+        self.arm_timer(self.clients.next_deadline());
     }
 
     fn take_requests(&mut self) {
@@ -140,11 +140,11 @@ impl Host {
         if endpoint.is_finished() {
             return self.table.remove(key);
         }
-        let (waits, ready) = (endpoint.deadline.is_some(), endpoint.has_packet());
-        if ready {
+        let deadline = endpoint.deadline;
+        if endpoint.has_packet() {
             self.table.enqueue(key);
         }
-        self.arm_timer(waits);
+        self.arm_timer(deadline);
     }
 
     /// Lets the sockets wait that had bytes in this round and could not be emptied: their turn comes when the guest has
@@ -163,7 +163,7 @@ impl Host {
     /// Gives up on what has taken too long.
     fn expire(&mut self) {
         let now = Instant::now();
-        // The descriptor and the values are ours, so this does not fail; nor do the arms below.
+        // As with arming it.
         let _ = self.poller.disarm_timer();
         self.clients.expire(now, &self.poller);
         let late: Vec<_> = self
@@ -184,14 +184,14 @@ impl Host {
         let pending = self.table.iter().filter_map(|(_, endpoint)| endpoint.deadline);
         if let Some(next) = pending.chain(self.clients.next_deadline()).min() {
             // Deadlines close to each other share one look at all connections.
-            let delay = next.saturating_duration_since(now).max(self.patience / 50);
-            let _ = self.poller.arm_timer(delay);
+            self.arm_timer(Some(next.max(now + self.patience / 50)));
         }
     }
 
-    fn arm_timer(&mut self, needed: bool) {
-        if needed {
-            let _ = self.poller.arm_timer(self.patience);
+    fn arm_timer(&mut self, deadline: Option<Instant>) {
+        if let Some(deadline) = deadline {
+            // The descriptor and the value are ours, so this does not fail.
+            let _ = self.poller.arm_timer(deadline);
         }
     }
 

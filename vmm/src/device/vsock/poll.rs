@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 use rustix::time::{
@@ -99,7 +99,8 @@ pub struct Event {
 pub struct Poller {
     epoll: OwnedFd,
     timer: OwnedFd,
-    timer_armed: bool,
+    /// When the timer fires.
+    armed: Option<Instant>,
 }
 
 impl Poller {
@@ -108,7 +109,7 @@ impl Poller {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let poller = Self { epoll, timer, timer_armed: false };
+        let poller = Self { epoll, timer, armed: None };
         poller.add(&poller.timer, Token::Timer, Interest::READABLE)?;
         Ok(poller)
     }
@@ -151,18 +152,20 @@ impl Poller {
         }))
     }
 
-    /// Makes [`Token::Timer`] ready after `delay`, unless it will be ready some time anyway.
-    pub fn arm_timer(&mut self, delay: Duration) -> io::Result<()> {
-        if !self.timer_armed {
-            self.set_timer(delay.max(Duration::from_millis(1)))?;
+    /// Makes [`Token::Timer`] ready at `deadline`, unless it will be earlier anyway.
+    pub fn arm_timer(&mut self, deadline: Instant) -> io::Result<()> {
+        if self.armed.is_none_or(|armed| deadline < armed) {
+            let delay = deadline.saturating_duration_since(Instant::now());
+            // A delay of 0 would disarm it.
+            self.set_timer(delay.max(Duration::from_nanos(1)))?;
+            self.armed = Some(deadline);
         }
-        self.timer_armed = true;
         Ok(())
     }
 
     /// Takes note that the timer has fired.
     pub fn disarm_timer(&mut self) -> io::Result<()> {
-        self.timer_armed = false;
+        self.armed = None;
         self.set_timer(Duration::ZERO)
     }
 
@@ -222,8 +225,10 @@ mod tests {
     #[test]
     fn the_timer_fires_once_and_goes_silent() {
         let mut poller = Poller::new().unwrap();
-        poller.arm_timer(Duration::from_millis(1)).unwrap();
-        poller.arm_timer(Duration::from_secs(1000)).unwrap();
+        let start = Instant::now();
+        for millis in [500_000, 1, 1_000_000] {
+            poller.arm_timer(start + Duration::from_millis(millis)).unwrap();
+        }
         std::thread::sleep(Duration::from_millis(5));
         assert_eq!(poller.poll().unwrap().next().unwrap().token, Token::Timer);
         poller.disarm_timer().unwrap();

@@ -1,6 +1,6 @@
 //! One virtqueue as the device sees it: chains in, completions out, notifications only where they help.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -110,8 +110,11 @@ impl Ring {
         }
         // virtio-queue knows only the event index (virtio 1.2, section 2.7.7).
         if !self.queue.event_idx_enabled() {
+            // The driver clears the flag, then looks for completions; this side completes, then looks at the flag. With
+            // the fence at least one of the two sees the other.
+            fence(Ordering::SeqCst);
             let flags: u16 = ram
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::SeqCst)
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
                 .map_err(|_| BrokenRing)?;
             if u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0 {
                 return Ok(false);

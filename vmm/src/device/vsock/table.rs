@@ -97,3 +97,35 @@ impl Table {
         self.ready = VecDeque::new();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::super::connection::Connection;
+    use super::super::endpoint::Origin;
+    use super::super::packet::GuestCid;
+    use super::super::poll::Poller;
+    use super::*;
+
+    #[test]
+    fn ports_in_use_are_passed_over_when_the_numbers_come_round() {
+        let poller = Poller::new().unwrap();
+        let mut table = Table::new();
+        let take = |table: &mut Table, guest| {
+            let key = table.free_key(GuestPort(guest)).unwrap();
+            let connection = Connection::request(GuestCid::new(3).unwrap(), key);
+            let (stream, _) = UnixStream::pair().unwrap();
+            let endpoint =
+                Endpoint::new(key, connection, Origin::Monitor, stream, &poller).unwrap();
+            table.insert(key, endpoint);
+            key.host.0 - FIRST_HOST_PORT
+        };
+        assert_eq!((take(&mut table, 7), take(&mut table, 7)), (0, 1));
+        table.next_host_port = (1 << 31) - 1;
+        assert_eq!(take(&mut table, 7), FIRST_HOST_PORT - 1);
+        assert_eq!(take(&mut table, 7), 2);
+        table.next_host_port = FIRST_HOST_PORT;
+        assert_eq!(take(&mut table, 8), 0, "another port of the guest is another connection");
+    }
+}

@@ -1,5 +1,6 @@
 //! Claims about the device as a whole, seen from a driver and from the host's sockets.
 
+mod close;
 mod connect;
 mod data;
 mod hostile;
@@ -57,4 +58,9 @@ fn read_exact(mut stream: &UnixStream, len: usize) -> Vec<u8> {
 fn send_shutdown(driver: &mut TestDriver, key: ConnectionKey, directions: Shutdown) {
     let header = Header { flags: directions.flags(), ..driver.header(key, Op::Shutdown) };
     driver.send(header, &[]);
+}
+
+/// Bytes in which every position can be told from its neighbours.
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i ^ i >> 8 ^ i >> 16) as u8).collect()
 }

@@ -8,7 +8,7 @@ use super::poll::PORT_ANY;
 use crate::memory::GuestRam;
 
 /// Most refusals that wait for the guest to post buffers. Beyond that, its packets wait instead.
-const MAX_REFUSALS: usize = 256;
+pub const MAX_REFUSALS: usize = 128;
 
 impl Host {
     /// True if no packet from the guest can be taken before it has posted buffers for what it is owed.

@@ -183,3 +183,11 @@ fn more_than_four_gib_go_both_ways() {
     assert!(to_host > 1 << 32);
     assert_eq!(updates, 0, "payload the other way told the guest each time");
 }
+
+#[test]
+fn dropped_payload_gives_its_credit_back() {
+    let mut connection = in_phase("established");
+    connection.receive(Op::ReadWrite, &header(BUF_ALLOC, 0));
+    connection.discard();
+    assert_eq!(connection.receive(Op::ReadWrite, &header(BUF_ALLOC, 0)), Verdict::Payload);
+}

@@ -1,5 +1,5 @@
-//! A guest's driver in a few lines: it kicks only when the device asked for it, and looks at the backend only when its
-//! descriptor is readable, so that a notification that is missing makes a test fail.
+//! A guest's driver in a few lines: it kicks only when the device asked for it, looks for packets only after an interrupt,
+//! and calls the backend only when its descriptor is readable, so that a notification that is missing makes a test fail.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -126,6 +126,9 @@ pub struct TestDriver {
     pub kicks: u32,
     pub backend_calls: u32,
     event_idx: bool,
+    /// Interrupts that the driver has reacted to, and whether it has emptied the queue since.
+    interrupts_seen: u32,
+    awake: bool,
 }
 
 impl TestDriver {
@@ -149,7 +152,18 @@ impl TestDriver {
             queues: vec![queue_0, queue_1, queue_2],
             interrupt: interrupts.clone(),
         });
-        Self { vsock, ram, to_guest, to_host, interrupts, kicks: 0, backend_calls: 0, event_idx }
+        Self {
+            vsock,
+            ram,
+            to_guest,
+            to_host,
+            interrupts,
+            kicks: 0,
+            backend_calls: 0,
+            event_idx,
+            interrupts_seen: 0,
+            awake: false,
+        }
     }
 
     /// Posts `count` more buffers for packets to the guest.
@@ -244,7 +258,11 @@ impl TestDriver {
     }
 
     fn take_packet(&mut self) -> Option<(Header, Vec<u8>)> {
-        let (id, len) = self.to_guest.take_used(&self.ram)?;
+        let interrupts = self.interrupts.used.load(Ordering::Relaxed);
+        self.awake |= interrupts != std::mem::replace(&mut self.interrupts_seen, interrupts);
+        let used = self.awake.then(|| self.to_guest.take_used(&self.ram)).flatten();
+        self.awake = used.is_some();
+        let (id, len) = used?;
         let addr = TO_GUEST_BUFFERS + u64::from(id) * u64::from(BUFFER_LEN);
         let mut bytes = vec![0; len as usize];
         self.ram.read_slice(&mut bytes, GuestAddress(addr)).unwrap();

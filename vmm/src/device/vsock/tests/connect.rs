@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use super::super::{PATIENCE, packet::HEADER_LEN};
+use super::super::packet::HEADER_LEN;
 use super::*;
 use crate::device::virtio::VirtioDevice;
 
@@ -54,6 +54,8 @@ fn the_guest_is_refused_where_nobody_listens() {
     let dir = TempDir::new();
     // A socket file that nobody listens on any more.
     drop(UnixListener::bind(dir.path("vsock_53")).unwrap());
+    // The port number that means any port.
+    let _listener = UnixListener::bind(dir.path("vsock_4294967295")).unwrap();
     for vsock in [listening(&dir), pathless()] {
         let mut driver = TestDriver::new(vsock);
         for port in [52, 53, u32::MAX] {
@@ -126,9 +128,11 @@ fn lines_that_lead_nowhere_close_the_client() {
         let stream = client(&dir, bytes);
         driver.expect_silence();
         // Unread bytes turn the end of file into a reset.
-        let mut rest = Vec::new();
-        let _ = (&stream).read_to_end(&mut rest);
-        assert!(rest.is_empty());
+        match (&stream).read(&mut [0]) {
+            Ok(0) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+            Ok(_) => panic!("an answer to junk"),
+        }
     }
     // Half a line, and gone.
     drop(client(&dir, b"CONNECT 10"));
@@ -221,11 +225,13 @@ fn host_ports_are_not_given_out_twice_at_a_time() {
 #[test]
 fn thousands_of_connections_fit_and_one_more_is_refused() {
     use super::super::table::MAX_CONNECTIONS;
-    let limit = rustix::process::Rlimit { current: Some(20_000), maximum: Some(20_000) };
-    if rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).is_err() {
-        eprintln!("skipped: this process may not have 20000 descriptors");
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if maximum.is_some_and(|maximum| maximum < 10_000) {
+        eprintln!("not run: this process may not have 10000 descriptors");
         return;
     }
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let mut driver = TestDriver::new(pathless());
     let before = driver.watched();
     let mut streams: Vec<_> = (0..MAX_CONNECTIONS).map(|_| connected(&mut driver)).collect();
@@ -271,5 +277,4 @@ fn headers_agree_with_the_virtio_vsock_crate() {
     assert_eq!((theirs.src_cid(), theirs.dst_cid()), (2, 3));
     assert_eq!((theirs.src_port(), theirs.dst_port()), (52, 1024));
     assert_eq!((theirs.type_(), theirs.op(), theirs.len()), (1, 5, 5));
-    assert!(PATIENCE > Duration::from_secs(1));
 }

@@ -1,16 +1,10 @@
-//! Bytes, in order and complete, and the ends of both directions.
+//! Bytes, in order and complete, and no more wake-ups and notifications than they need.
 
 use std::io::Write;
-use std::net::Shutdown as Direction;
 
 use super::super::credit::BUF_ALLOC;
 use super::super::testing::BUFFER_LEN;
 use super::*;
-
-/// Bytes in which every position can be told from its neighbours.
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i ^ i >> 8 ^ i >> 16) as u8).collect()
-}
 
 /// Takes payload until `len` bytes have come, and says so in credit updates every 16 KiB.
 fn sink(driver: &mut TestDriver, key: ConnectionKey, len: usize) -> Vec<u8> {
@@ -165,134 +159,6 @@ fn connections_take_turns() {
 }
 
 #[test]
-fn the_host_closes_its_half_and_still_receives() {
-    let mut driver = TestDriver::new(pathless());
-    let (mut stream, key) = connected(&mut driver);
-    stream.write_all(b"last words").unwrap();
-    stream.shutdown(Direction::Write).unwrap();
-    assert_eq!(driver.expect(Op::ReadWrite).1, b"last words");
-    let (shutdown, _) = driver.expect(Op::Shutdown);
-    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::SEND);
-    driver.send_data(key, b"still there");
-    assert_eq!(read_exact(&stream, 11), b"still there");
-    driver.expect_silence();
-
-    send_shutdown(&mut driver, key, Shutdown::SEND);
-    assert_eq!(read_all(&stream), b"");
-    let (shutdown, _) = driver.expect(Op::Shutdown);
-    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::BOTH);
-    driver.send_op(key, Op::Reset);
-    assert_eq!(driver.connections(), 0);
-    assert_eq!(driver.vsock.stats().connections_reset, 0, "this was in order");
-}
-
-#[test]
-fn the_guest_closes_its_half_and_still_receives() {
-    let mut driver = TestDriver::new(pathless());
-    let (mut stream, key) = connected(&mut driver);
-    driver.send_data(key, b"last words");
-    send_shutdown(&mut driver, key, Shutdown::SEND);
-    assert_eq!(read_all(&stream), b"last words");
-    stream.write_all(b"still there").unwrap();
-    assert_eq!(driver.expect(Op::ReadWrite).1, b"still there");
-    // The other half: the host's writes fail, and the guest gets its confirmation.
-    send_shutdown(&mut driver, key, Shutdown::RECEIVE);
-    driver.expect(Op::Reset);
-    assert!(stream.write_all(b"nobody reads").is_err());
-    assert_eq!(driver.connections(), 0);
-    assert_eq!(driver.vsock.stats().connections_reset, 0, "this was in order");
-}
-
-#[test]
-fn a_guest_that_stops_to_receive_still_sends() {
-    let mut driver = TestDriver::new(pathless());
-    let (mut stream, key) = connected(&mut driver);
-    send_shutdown(&mut driver, key, Shutdown::RECEIVE);
-    assert!(stream.write_all(b"nobody reads").is_err());
-    driver.send_data(key, b"one way");
-    assert_eq!(read_exact(&stream, 7), b"one way");
-    driver.expect_silence();
-}
-
-#[test]
-fn bytes_sent_before_the_guest_closed_reach_a_slow_host() {
-    for reset_too in [false, true] {
-        let mut driver = TestDriver::new(pathless());
-        let (stream, key) = connected(&mut driver);
-        let data = pattern(BUF_ALLOC as usize);
-        for chunk in data.chunks(1 << 16) {
-            driver.send_data(key, chunk);
-        }
-        // Part of it is in the socket; fill what is left of the credit.
-        let forwarded = driver.try_receive().map_or(0, |(header, _)| header.fwd_cnt as usize);
-        assert!(forwarded < data.len(), "the socket took everything, so this tests nothing");
-        send_shutdown(&mut driver, key, Shutdown::BOTH);
-        if reset_too {
-            driver.send_op(key, Op::Reset);
-        }
-        let reader = std::thread::spawn(move || read_all(&stream));
-        while !reader.is_finished() {
-            driver.run_backend();
-        }
-        assert!(reader.join().unwrap() == data);
-        if !reset_too {
-            driver.expect(Op::Reset);
-        }
-        driver.run_backend();
-        assert_eq!(driver.connections(), 0);
-    }
-}
-
-#[test]
-fn a_host_that_goes_away_is_announced_and_confirmed() {
-    let mut driver = TestDriver::new(pathless());
-    let (mut stream, key) = connected(&mut driver);
-    stream.write_all(b"bye").unwrap();
-    drop(stream);
-    assert_eq!(driver.expect(Op::ReadWrite).1, b"bye");
-    let (shutdown, _) = driver.expect(Op::Shutdown);
-    assert_eq!(Shutdown::parse(shutdown.flags), Shutdown::BOTH);
-    driver.send_data(key, b"crossing");
-    driver.expect_silence();
-    driver.send_op(key, Op::Reset);
-    assert_eq!(driver.connections(), 0);
-}
-
-#[test]
-fn a_host_that_leaves_bytes_unread_ends_the_connection() {
-    let mut driver = TestDriver::new(pathless());
-    let (stream, key) = connected(&mut driver);
-    driver.send_data(key, b"unread");
-    drop(stream);
-    driver.expect(Op::Reset);
-    assert_eq!(driver.connections(), 0);
-}
-
-#[test]
-fn a_guest_that_never_confirms_a_shutdown_is_not_waited_for() {
-    let patience = std::time::Duration::from_millis(50);
-    let mut driver = TestDriver::new(Vsock::with_patience(cid(), None, patience).unwrap());
-    let (stream, _) = connected(&mut driver);
-    drop(stream);
-    driver.expect(Op::Shutdown);
-    driver.expect(Op::Reset);
-    assert_eq!(driver.connections(), 0);
-}
-
-#[test]
-fn a_reset_from_the_guest_ends_the_stream() {
-    let mut driver = TestDriver::new(pathless());
-    let (stream, key) = connected(&mut driver);
-    driver.send_op(key, Op::Reset);
-    assert_eq!(read_all(&stream), b"");
-    driver.expect_silence();
-    assert_eq!((driver.connections(), driver.vsock.stats().connections_reset), (0, 1));
-    // The pair of ports is free again.
-    driver.send_data(key, b"late");
-    driver.expect(Op::Reset);
-}
-
-#[test]
 fn one_batch_takes_one_interrupt_and_no_kick_that_was_not_asked_for() {
     use std::sync::atomic::Ordering;
     let mut driver = TestDriver::new(pathless());
@@ -306,4 +172,94 @@ fn one_batch_takes_one_interrupt_and_no_kick_that_was_not_asked_for() {
     assert_eq!(read_exact(&stream, 500).len(), 500);
     assert_eq!(driver.kicks - kicks, 1);
     assert!(driver.interrupts.used.load(Ordering::Relaxed) - interrupts <= 1);
+}
+
+#[test]
+fn without_the_event_index_the_rings_flags_suppress_notifications() {
+    use std::sync::atomic::Ordering;
+    use vm_memory::Bytes;
+    let mut driver = TestDriver::without_buffers(pathless(), false);
+    driver.post(256);
+    let (mut stream, key) = connected(&mut driver);
+    let kicks = driver.kicks;
+    for _ in 0..20 {
+        stream.write_all(b"one packet").unwrap();
+        driver.expect(Op::ReadWrite);
+    }
+    assert_eq!(driver.kicks, kicks, "there are buffers enough");
+    let interrupts = driver.interrupts.used.load(Ordering::Relaxed);
+    for queue in [&driver.to_guest, &driver.to_host] {
+        driver.ram.write_obj(1u16, queue.avail).unwrap();
+    }
+    stream.write_all(b"polled").unwrap();
+    driver.send_data(key, b"polled");
+    driver.run_backend();
+    assert!(driver.to_guest.take_used(&driver.ram).is_some());
+    assert_eq!(driver.interrupts.used.load(Ordering::Relaxed), interrupts);
+}
+
+#[test]
+fn a_full_ring_is_served_with_one_kick_and_so_is_what_comes_after() {
+    for event_idx in [false, true] {
+        let mut driver = TestDriver::without_buffers(pathless(), event_idx);
+        driver.post(64);
+        let (stream, key) = connected(&mut driver);
+        // All packets in the ring are this one.
+        let header = Header { len: 2, ..driver.header(key, Op::ReadWrite) };
+        driver.add(header, b"ab");
+        driver.kick_to_host();
+        let head = driver.to_host.take_used(&driver.ram).unwrap().0;
+        let kicks = driver.kicks;
+        for _ in 0..256 {
+            driver.to_host.add(&driver.ram, head);
+        }
+        driver.kick_to_host();
+        assert_eq!(read_exact(&stream, 514), b"ab".repeat(257));
+        assert_eq!(driver.kicks, kicks + 1);
+        driver.run_backend();
+        while driver.to_host.take_used(&driver.ram).is_some() {}
+        driver.send_data(key, b"after");
+        assert_eq!(read_exact(&stream, 5), b"after");
+    }
+}
+
+#[test]
+fn a_buffer_that_is_not_needed_after_all_serves_the_next_packet() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    // Exactly as much as fits: only another read can tell that there is no more.
+    let chunk = pattern(BUFFER_LEN as usize - super::super::packet::HEADER_LEN);
+    for round in 1..=600u32 {
+        stream.write_all(&chunk).unwrap();
+        assert_eq!(driver.expect(Op::ReadWrite).1, chunk);
+        let fwd_cnt = round * chunk.len() as u32;
+        driver.send(Header { fwd_cnt, ..driver.header(key, Op::CreditUpdate) }, &[]);
+    }
+}
+
+#[test]
+fn a_packet_spreads_over_the_buffers_of_a_chain() {
+    use vm_memory::{Bytes, GuestAddress};
+    let mut driver = TestDriver::without_buffers(pathless(), true);
+    let mut stream = driver.vsock.connector().connect(GuestPort(1)).unwrap();
+    driver.post(1);
+    driver.run_backend();
+    driver.accept();
+    assert_eq!(driver.to_guest.take_used(&driver.ram), None);
+    // The header itself is in two pieces. Number 0 is the buffer that was posted before.
+    for (id, desc) in
+        [(10, (0x20_0000, 30, 3, 11)), (11, (0x21_0000, 20, 3, 12)), (12, (0x22_0000, 100, 2, 0))]
+    {
+        driver.to_guest.write_descriptor(&driver.ram, id, desc);
+    }
+    driver.to_guest.add(&driver.ram, 10);
+    stream.write_all(&pattern(BUFFER_LEN as usize - 44 + 106)).unwrap();
+    driver.run_backend();
+    assert_eq!(driver.to_guest.take_used(&driver.ram).unwrap().1, BUFFER_LEN);
+    assert_eq!(driver.to_guest.take_used(&driver.ram), Some((10, 150)));
+    let (mut head, mut tail) = ([0; 20], [0; 100]);
+    driver.ram.read_slice(&mut head, GuestAddress(0x21_0000)).unwrap();
+    driver.ram.read_slice(&mut tail, GuestAddress(0x22_0000)).unwrap();
+    let expected = &pattern(BUFFER_LEN as usize - 44 + 106)[BUFFER_LEN as usize - 44..];
+    assert_eq!((&head[14..], &tail[..]), (&expected[..6], &expected[6..]));
 }

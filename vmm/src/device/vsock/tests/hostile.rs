@@ -8,6 +8,7 @@ use vm_memory::{Address, Bytes};
 
 use super::super::credit::BUF_ALLOC;
 use super::super::packet::HEADER_LEN;
+use super::super::traffic::MAX_REFUSALS;
 use super::*;
 use crate::device::virtio::{Driver, VirtioDevice};
 
@@ -203,7 +204,7 @@ fn sending_more_than_the_credit_ends_that_connection_and_no_other() {
 
 #[test]
 fn a_flood_without_buffers_for_the_answers_stalls_the_guest_and_grows_nothing() {
-    for event_idx in [false, true] {
+    for (event_idx, buffers) in [(false, 64), (true, 64), (false, 256), (true, 256)] {
         let mut driver = TestDriver::without_buffers(pathless(), event_idx);
         let mut answered = 0;
         let mut floods = 0u32;
@@ -219,14 +220,16 @@ fn a_flood_without_buffers_for_the_answers_stalls_the_guest_and_grows_nothing() 
                 floods += 1;
             }
         }
-        assert_eq!(driver.vsock.host.refusals.len(), 256);
-        assert_eq!(driver.vsock.stats().packets_to_host, 256);
+        assert_eq!(driver.vsock.host.refusals.len(), MAX_REFUSALS);
+        assert_eq!(driver.vsock.stats().packets_to_host, MAX_REFUSALS as u64);
         assert!(!driver.backend_is_ready(), "it is the guest's move");
         // As buffers come, so does everything that waits.
-        driver.post(128);
+        driver.post(buffers);
+        driver.run_backend();
         while let Some((header, _)) = driver.try_receive() {
             assert_eq!(Op::parse(header.op), Some(Op::Reset));
             answered += 1;
+            driver.run_backend();
         }
         assert_eq!(answered, u32::from(driver.to_host.added));
         assert_eq!(driver.vsock.host.refusals.len(), 0);

@@ -67,3 +67,12 @@ fn the_socket_goes_with_the_device_and_connectors_are_told() {
     assert!(connector.connect(GuestPort(1)).is_err());
     assert!(!dir.path("vsock").exists());
 }
+
+#[test]
+fn what_the_guest_was_owed_is_forgotten_by_a_reset() {
+    let mut driver = TestDriver::without_buffers(pathless(), true);
+    driver.send_op(key(52, 1), Op::Request);
+    driver.vsock.reset();
+    let mut driver = TestDriver::new(driver.vsock);
+    driver.expect_silence();
+}
