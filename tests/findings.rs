@@ -1,6 +1,6 @@
 //! What must not be there is found, by name and by exit status.
 
-use std::process::Command;
+use std::io::Read;
 
 use crate::harness::{cleanslate, finish, run, signal};
 
@@ -61,15 +61,39 @@ fn an_agent_that_never_says_hello_is_a_finding_with_the_end_of_the_console() {
 }
 
 #[test]
-fn ctrl_c_ends_a_long_run_at_once() {
-    let mut command: Command = cleanslate(&["run", "--resets", "1000000"]);
-    let child = command.spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    signal(&child, rustix::process::Signal::INT);
-    finish(child, "cleanslate run --resets 1000000, interrupted".into())
-        .expect_status(130)
-        .expect_stderr("cleanslate: interrupted")
-        .expect_one_line_of_stderr();
+fn ctrl_c_ends_a_long_run_without_waiting_for_the_agent() {
+    // With the longest timeout that there is, a run that waits for an answer would never end.
+    for lives in [1, 7, 40] {
+        let arguments = ["run", "--json", "--resets", "1000000", "--timeout", "86400"];
+        let mut child = cleanslate(&arguments).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        read_lives(&mut stdout, lives);
+        signal(&child, rustix::process::Signal::INT);
+        let rest = std::thread::spawn(move || std::io::read_to_string(stdout).unwrap());
+        finish(child, "cleanslate run --resets 1000000, interrupted".into())
+            .expect_status(130)
+            .expect_stderr("cleanslate: interrupted")
+            .expect_one_line_of_stderr();
+        let rest = rest.join().unwrap();
+        assert!(rest.ends_with("],\"verdict\":null}\n"), "the object was left open");
+    }
+}
+
+/// Reads until `count` lives were begun.
+fn read_lives(stdout: &mut impl Read, count: usize) {
+    let (mut seen, mut byte) = (Vec::new(), [0]);
+    let mark = format!("{{\"life\":{count},\"cause\"");
+    while !seen.ends_with(mark.as_bytes()) {
+        assert_eq!(stdout.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&seen));
+        seen.push(byte[0]);
+    }
+}
+
+#[test]
+fn an_agent_that_turns_itself_off_is_noticed_without_waiting() {
+    let arguments = ["run", "--json", "--cmdline", "agent.report=serial", "--timeout", "86400"];
+    let outcome = run(&arguments).expect_status(1);
+    assert_eq!(names(&outcome.json()), ["guest-stopped"], "{outcome}");
 }
 
 #[test]

@@ -55,6 +55,50 @@ fn resets_in_place_come_first_as_many_as_were_asked_for() {
 }
 
 #[test]
+fn a_reset_masks_the_pins_of_the_io_apic() {
+    // Each life looks at pin 7 first: mov [0xfec00000], 0x1e; test dword [0xfec00010], 0x10000; jnz masked
+    let masked = [0xf7, 0x05, 0x10, 0, 0xc0, 0xfe, 0, 0, 1, 0];
+    let guest = Guest::new().store(0xfec0_0000, 0x1e).raw(&masked);
+    let guest = guest.raw(&[0x75, 7 + 4]).print("!").halt();
+    // Then it unmasks it and resets.
+    let guest = guest.print(".").store(0xfec0_0010, 0x41).out(0x64, 0xfe).halt();
+    let outcome = boot(&guest, &["--resets", "2"]).expect_status(3);
+    assert_eq!(outcome.stdout, "...", "{outcome}");
+}
+
+#[test]
+fn two_processors_that_both_ask_for_a_reset_get_one_each_life() {
+    // The second processor runs real-mode code at 0x8000: mov al, 0xfe; out 0x64, al; hlt
+    let (low, high) = (0x64e6_feb0, 0x00fd_ebf4);
+    let icr = |guest: Guest, command| guest.store(0xfee0_0310, 1 << 24).store(0xfee0_0300, command);
+    let guest = Guest::new().print("L").store(0x8000, low).store(0x8004, high);
+    // INIT, start-up at page 8, then the same wish from the first processor.
+    let guest = icr(icr(guest.store(0xfee0_00f0, 0x1ff), 0x4500), 0x4608);
+    let guest = guest.out(0x64, 0xfe).halt();
+    let outcome = boot(&guest, &["--vcpus", "2", "--resets", "200"]).expect_status(3);
+    assert_eq!(outcome.stdout, "L".repeat(201), "{outcome}");
+}
+
+#[test]
+fn a_console_that_nobody_reads_does_not_keep_the_machine() {
+    // 1: out dx, al; jmp 1b, into a pipe that is full after 64 KiB.
+    let guest = Guest::new().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]);
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.elf());
+    let mut child = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]).spawn().unwrap();
+    let _unread = child.stdout.take().unwrap();
+    let tasks = format!("/proc/{}/task", child.id());
+    eventually("the vCPU waits for the reader", || {
+        std::fs::read_dir(&tasks).unwrap().any(|task| {
+            let waits_in = std::fs::read_to_string(task.unwrap().path().join("wchan"));
+            waits_in.is_ok_and(|name| name.contains("pipe_write"))
+        })
+    });
+    signal(&child, rustix::process::Signal::TERM);
+    finish(child, "cleanslate run --kernel, unread".into()).expect_status(130);
+}
+
+#[test]
 fn a_halted_guest_is_ended_by_ctrl_c() {
     is_ended_by_a_signal(&Guest::new().halt());
 }
@@ -92,9 +136,11 @@ fn is_ended_by_a_signal(guest: &Guest) {
 
 #[test]
 fn the_command_line_and_the_initrd_reach_the_guest() {
-    // The guest prints the first bytes of its command line and of its initrd: start info is in EBX.
-    // mov esi, [ebx + 24]; mov dx, 0x3f8; mov ecx, 5; rep outsb
-    let command_line = [0x8b, 0x73, 24, 0x66, 0xba, 0xf8, 0x03, 0xb9, 5, 0, 0, 0, 0xf3, 0x6e];
+    // The guest prints the user's part of its command line, which comes behind "virtio_mmio.device=4K@0xd0000000:5 ", and
+    // the first bytes of its initrd. Start info is in EBX.
+    // mov esi, [ebx + 24]; add esi, 35; mov dx, 0x3f8; mov ecx, 5; rep outsb
+    let command_line =
+        [0x8b, 0x73, 24, 0x83, 0xc6, 35, 0x66, 0xba, 0xf8, 0x03, 0xb9, 5, 0, 0, 0, 0xf3, 0x6e];
     // mov esi, [ebx + 16]; mov esi, [esi]; mov ecx, 6; rep outsb
     let initrd = [0x8b, 0x73, 16, 0x8b, 0x36, 0xb9, 6, 0, 0, 0, 0xf3, 0x6e];
     let dir = temp_dir();

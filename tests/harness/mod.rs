@@ -122,6 +122,14 @@ fn read_all(stream: Option<impl Read + Send + 'static>) -> std::thread::JoinHand
     })
 }
 
+/// Says that a test was not run, or fails it where `REQUIRE_ALL=1` demands that all are.
+#[track_caller]
+pub fn skipped(reason: &str) {
+    let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
+    assert!(!required, "not run: {reason}");
+    eprintln!("NOT RUN: {reason}");
+}
+
 /// Sends `signal` to a child.
 pub fn signal(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_child(child);

@@ -81,10 +81,14 @@ pub enum BootError {
     },
     /// The command line is too long or contains a zero byte.
     #[error(
-        "the kernel command line must be shorter than {} bytes and hold no zero byte",
-        layout::COMMAND_LINE_MAX
+        "the kernel command line has {bytes} bytes with what the machine adds; it must have fewer than {max} and no zero \
+         byte",
+        max = layout::COMMAND_LINE_MAX
     )]
-    CommandLine,
+    CommandLine {
+        /// Its length.
+        bytes: usize,
+    },
     /// Boot data does not fit into RAM. Cannot happen with a size that the configuration accepts.
     #[error("write boot data into guest memory")]
     BootData(#[from] vm_memory::GuestMemoryError),
@@ -136,14 +140,23 @@ fn open_file(path: &PathBuf) -> io::Result<File> {
     }
 }
 
+/// Says whether `text` can be a command line.
+///
+/// # Errors
+/// [`BootError::CommandLine`].
+pub fn check_command_line(text: &str) -> Result<(), BootError> {
+    match text.len() < layout::COMMAND_LINE_MAX && !text.contains('\0') {
+        true => Ok(()),
+        false => Err(BootError::CommandLine { bytes: text.len() }),
+    }
+}
+
 /// Replaces the command line.
 ///
 /// # Errors
 /// [`BootError::CommandLine`].
 pub fn write_command_line(ram: &GuestRam, text: &str) -> Result<(), BootError> {
-    if text.len() >= layout::COMMAND_LINE_MAX || text.contains('\0') {
-        return Err(BootError::CommandLine);
-    }
+    check_command_line(text)?;
     ram.write_slice(text.as_bytes(), GuestAddress(layout::COMMAND_LINE))?;
     Ok(ram.write_obj(0u8, GuestAddress(layout::COMMAND_LINE + text.len() as u64))?)
 }

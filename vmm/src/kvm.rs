@@ -39,6 +39,9 @@ pub enum KvmError {
     /// KVM lacks something that nothing can replace.
     #[error("KVM lacks {0}; a newer kernel has it")]
     Capability(&'static str),
+    /// A PMU for guests was asked for and there is none.
+    #[error("this KVM has no PMU for guests (kvm.enable_pmu=N); use --pmu off")]
+    NoPmu,
     /// A request failed.
     #[error("{action}")]
     Request {

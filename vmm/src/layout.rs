@@ -33,8 +33,8 @@ pub const PVH_MEMORY_MAP: u64 = 0x6080;
 pub const PVH_MODULE: u64 = 0x6200;
 /// The command line, zero-terminated.
 pub const COMMAND_LINE: u64 = 0x6240;
-/// Longest command line with its zero, in bytes: what is left of the page, and above Linux's own limit of 2048.
-pub const COMMAND_LINE_MAX: usize = 0x7000 - COMMAND_LINE as usize;
+/// Longest command line with its zero, in bytes: Linux takes no more on x86 (`COMMAND_LINE_SIZE`), nor does the agent.
+pub const COMMAND_LINE_MAX: usize = 2048;
 /// `boot_params` of the Linux boot protocol.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Page tables of the 64-bit Linux boot protocol: one PML4, one PDPT, four page directories.

@@ -1,5 +1,6 @@
 //! Leads a machine with an agent through its lives: hello, report, reset, and again.
 
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
@@ -126,10 +127,14 @@ impl Leader<'_> {
     }
 
     fn hello(&self) -> Result<Agent, Trouble> {
-        let stream = self
-            .machine
-            .connect(GuestPort(AGENT_PORT))
-            .map_err(|error| LifecycleError::Agent(AgentError::Io(error)))?;
+        let stream = self.machine.connect(GuestPort(AGENT_PORT)).map_err(|error| {
+            // The device of a machine that has stopped refuses.
+            let error = match error.kind() {
+                ErrorKind::NotConnected => AgentError::Closed,
+                _ => AgentError::Io(error),
+            };
+            self.explain(error, FailureKind::NoHello)
+        })?;
         Agent::greet(stream, self.plan.timeout).map_err(|e| self.explain(e, FailureKind::NoHello))
     }
 

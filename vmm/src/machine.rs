@@ -9,6 +9,7 @@ mod event_loop;
 mod reset;
 mod vcpu_thread;
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -90,11 +91,11 @@ struct Machine {
     devices: Devices,
     vm: Vm,
     memory: Memory,
-    /// The agent's command line without what changes from life to life; none for other guests.
-    agent_command_line: Option<String>,
+    config: Config,
     life: u32,
-    reset_policy: ResetPolicy,
     inbox: Receiver<Message>,
+    /// Messages that were looked at and left for later; they come before the inbox.
+    kept: VecDeque<Message>,
     wake: Arc<EventFd>,
     events: Sender<Event>,
 }
@@ -226,6 +227,7 @@ impl GuestStats {
         [
             (self.refused_register_writes, "forbidden writes to device registers"),
             (vsock.bad_chains, "broken descriptor chains"),
+            (vsock.broken_rings, "broken rings"),
             (vsock.bad_packets, "bad vsock packets"),
             (vsock.credit_violations, "vsock packets without credit"),
         ]
@@ -284,7 +286,7 @@ impl Handle {
         match self.events.recv_timeout(timeout) {
             Ok(event) => Some(event),
             Err(RecvTimeoutError::Timeout) => None,
-            // The loop sent its last event before.
+            // The loop has sent its last event before, and somebody took it.
             Err(RecvTimeoutError::Disconnected) => Some(Event::Stopped(Stop::Requested)),
         }
     }

@@ -246,6 +246,13 @@ fn check_change(before: &Report, after: &Report, add: &mut Add) {
     if registers(before) != registers(after) {
         add("pmu-changed", "the reset changed which PMU registers exist".into());
     }
+    for (old, new) in before.pmu.msrs.iter().zip(&after.pmu.msrs) {
+        if old.index == new.index && old.value != new.value {
+            let detail =
+                format!("MSR {:x} was {:x?} and is {:x?}", old.index, old.value, new.value);
+            add("pmu-residue", detail);
+        }
+    }
 }
 
 #[cfg(test)]

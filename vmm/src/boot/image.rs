@@ -90,7 +90,7 @@ fn inspect_elf<F: Read + Seek>(
         ));
     }
     let mut segments = 0;
-    file.seek(SeekFrom::Start(ehdr.e_phoff)).map_err(|e| e.to_string())?;
+    file.seek(SeekFrom::Start(ehdr.e_phoff)).map_err(|_| truncated())?;
     for _ in 0..ehdr.e_phnum {
         let mut phdr = Elf64_Phdr::default();
         file.read_exact(phdr.as_mut_slice()).map_err(|_| truncated())?;

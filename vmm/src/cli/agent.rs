@@ -1,8 +1,8 @@
 //! `cleanslate agent`: the embedded guest agent as a file.
 
 use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -35,16 +35,22 @@ enum Command {
 #[error("write agent image {path:?}")]
 struct WriteError {
     path: PathBuf,
-    source: std::io::Error,
+    source: io::Error,
 }
 
 pub(super) fn main(arguments: Arguments) -> Result<ExitCode, Error> {
     let Command::Export { path } = arguments.command;
-    let result = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .and_then(|mut file| file.write_all(images::AGENT));
-    result.map_err(|source| WriteError { path, source })?;
-    Ok(ExitCode::SUCCESS)
+    match write_new(&path, images::AGENT) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(source) => Err(WriteError { path, source }.into()),
+    }
+}
+
+/// Writes a file that was not there before; half of one does not stay.
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    file.write_all(bytes).inspect_err(|_| {
+        // The first error is the one to tell.
+        let _ = std::fs::remove_file(path);
+    })
 }

@@ -99,6 +99,10 @@ pub(super) struct Arguments {
     json: bool,
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("print the result")]
+struct PrintError(#[source] std::io::Error);
+
 fn parse_cause(word: &str) -> Result<Cause, String> {
     match word.parse() {
         Ok(Cause::PowerOn) | Err(_) => Err("known are host, i8042, cf9, acpi, triple".into()),
@@ -149,14 +153,19 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<ExitCode, E
     });
     match led {
         Ok(()) => {}
-        Err(LifecycleError::Interrupted) => {
-            output.interrupted();
-            return Ok(exit::INTERRUPTED.into());
+        Err(error) => {
+            output.abandon();
+            return match error {
+                LifecycleError::Interrupted => {
+                    eprintln!("cleanslate: interrupted");
+                    Ok(exit::INTERRUPTED.into())
+                }
+                error => Err(error.into()),
+            };
         }
-        Err(error) => return Err(error.into()),
     }
     let status = if judge.findings().is_empty() { exit::CLEAN } else { exit::FINDINGS };
-    output.finish(&Summary::new(&machine, expectations, judge.findings()))?;
+    output.finish(&Summary::new(&machine, expectations, judge.findings())).map_err(PrintError)?;
     if arguments.hold {
         return guest::hold(&machine, status);
     }

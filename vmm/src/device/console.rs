@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use super::ioapic::Pin;
@@ -58,15 +60,31 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.tail.push(bytes);
         if self.to == ConsoleOutput::Stdout {
-            let mut stdout = io::stdout().lock();
-            // A reader that went away is no reason to disturb the guest.
-            let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+            write_to_stdout(bytes);
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Writes past the buffers of the standard library, which would insist on an interrupted write: a signal means that the
+/// vCPU is wanted, and a reader that does not read must not keep it. Bytes that cannot be written are lost.
+fn write_to_stdout(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        match rustix::io::write(rustix::stdio::stdout(), bytes) {
+            Ok(count) if count > 0 => bytes = &bytes[count..],
+            Err(Errno::AGAIN) => {
+                let stdout = rustix::stdio::stdout();
+                if poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], None).is_err() {
+                    return;
+                }
+            }
+            // Interrupted, or a reader that went away: no reason to disturb the guest.
+            Ok(_) | Err(_) => return,
+        }
     }
 }
 

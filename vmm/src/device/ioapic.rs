@@ -11,8 +11,9 @@ use crate::bus::{Device, Effect};
 /// Number of pins.
 pub const PINS: usize = 24;
 
-/// Version register: maximum redirection entry in bits 23:16, version 0x20 (has an EOI register).
-const VERSION: u32 = ((PINS as u32 - 1) << 16) | 0x20;
+/// Version register: maximum redirection entry in bits 23:16, version 0x11 (the chip itself, without the EOI register of
+/// its successors).
+const VERSION: u32 = ((PINS as u32 - 1) << 16) | 0x11;
 
 const REG_SELECT: u64 = 0x00;
 const REG_WINDOW: u64 = 0x10;

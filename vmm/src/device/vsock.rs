@@ -101,6 +101,12 @@ impl Vsock {
         self.host.connector()
     }
 
+    /// Ends all connections and refuses new ones, since nobody will serve them any more.
+    pub fn shut_down(&mut self) {
+        self.reset();
+        self.host.shut_down();
+    }
+
     /// What the device has counted so far.
     pub fn stats(&self) -> VsockStats {
         self.host.stats
@@ -120,6 +126,7 @@ impl Vsock {
     /// The queues cannot be used any more (`DEVICE_NEEDS_RESET`; virtio 1.2, section 2.1.2).
     fn give_up(&mut self) {
         self.needs_reset = true;
+        self.host.stats.broken_rings += 1;
         self.host.reset();
         if let Some(guest) = self.guest.take() {
             guest.interrupt.signal_config();

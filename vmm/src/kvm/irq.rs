@@ -37,11 +37,13 @@ impl IrqRouter {
         // A panic elsewhere cannot leave the arrays half-written.
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.routes[pin] != Some(msi) {
-            lines.routes[pin] = Some(msi);
-            let entries: Vec<_> = lines.routes.iter().enumerate().filter_map(route).collect();
+            let mut routes = lines.routes;
+            routes[pin] = Some(msi);
+            let entries: Vec<_> = routes.iter().enumerate().filter_map(route).collect();
             let table = KvmIrqRouting::from_entries(&entries)
                 .map_err(|_| KvmError::Capability("room for one route a pin"))?;
             self.vm.set_gsi_routing(&table).map_err(KvmError::request("set interrupt routes"))?;
+            lines.routes = routes;
         }
         if lines.fds[pin].is_none() {
             let fd = EventFd::new(EFD_NONBLOCK)

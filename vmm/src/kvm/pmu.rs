@@ -41,13 +41,11 @@ pub fn disable_capability(kvm: &Kvm) -> i32 {
 /// Applies `policy` to a machine that has no vCPU yet (KVM refuses it later), and says what made the PMU absent.
 ///
 /// # Errors
-/// [`KvmError::Capability`] if a PMU is wanted and this KVM gives none, [`KvmError::Request`] if disabling it fails.
+/// [`KvmError::NoPmu`] if a PMU is wanted and this KVM gives none, [`KvmError::Request`] if disabling it fails.
 pub fn apply(kvm: &Kvm, vm: &VmFd, policy: PmuPolicy) -> Result<PmuAbsence, KvmError> {
     let can_disable = disable_capability(kvm) & KVM_PMU_CAP_DISABLE as i32 != 0;
     match policy {
-        PmuPolicy::Host if host::module_flag("enable_pmu") == Some(false) => {
-            Err(KvmError::Capability("a PMU for guests (kvm.enable_pmu=N); use --pmu off"))
-        }
+        PmuPolicy::Host if host::module_flag("enable_pmu") == Some(false) => Err(KvmError::NoPmu),
         PmuPolicy::Host => Ok(PmuAbsence::NotAbsent),
         PmuPolicy::Off if can_disable => {
             let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };

@@ -1,17 +1,20 @@
 //! Builds a machine and lets it run.
 
+use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::Cause;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::event_loop::{EventLoop, VirtioEvents};
-use super::reset::life_command_line;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{Config, Devices, GUEST_CID, Handle, HostInfoSource, Machine, MachineError, Message};
-use crate::boot::{self, Entry, Payload};
+use crate::boot::{self, Entry};
 use crate::bus::{Bus, Shared};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
@@ -26,6 +29,9 @@ use crate::kvm::{self, cpuid};
 use crate::layout;
 use crate::memory::{Memory, Template};
 
+/// Status of a process that a signal ended, as shells give it for SIGINT.
+const EXIT_INTERRUPTED: i32 = 130;
+
 /// Builds the machine of `config` and starts its first life.
 ///
 /// # Errors
@@ -33,6 +39,7 @@ use crate::memory::{Memory, Template};
 pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let kvm = Arc::new(kvm::open()?);
     let vcpu_count = config.checked_vcpus(&kvm)?;
+    config.check_command_line()?;
     let kind = KvmKind::detect();
     let supported = cpuid::supported(&kvm, kind, config.pmu)?;
     let Built { vm, memory, entry } = build_vm(config, &kvm, kind, vcpu_count)?;
@@ -64,10 +71,10 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
         devices,
         vm,
         memory,
-        agent_command_line: agent_command_line(config),
+        config: config.clone(),
         life: 1,
-        reset_policy: config.reset_policy,
         inbox,
+        kept: VecDeque::new(),
         wake: Arc::clone(&wake),
         events: events_out,
     };
@@ -87,7 +94,8 @@ fn start(
     let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
     let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
-    let signals = interrupt_signals().map_err(MachineError::host("catch SIGINT and SIGTERM"))?;
+    let signals =
+        interrupt_signals().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))?;
     let thread = std::thread::Builder::new()
         .name("event-loop".into())
         .spawn(move || event_loop.run(machine, signals))
@@ -118,11 +126,7 @@ fn build_vm(
     kind: KvmKind,
     vcpus: u8,
 ) -> Result<Built, MachineError> {
-    let base = config.base_command_line();
-    let command_line = match config.payload {
-        Payload::Agent => life_command_line(&base, 1, Cause::PowerOn),
-        Payload::Kernel { .. } => base,
-    };
+    let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, &config.payload, &command_line, vcpus)
     })?;
@@ -131,18 +135,17 @@ fn build_vm(
     Ok(Built { vm, memory, entry })
 }
 
-fn agent_command_line(config: &Config) -> Option<String> {
-    matches!(config.payload, Payload::Agent).then(|| config.base_command_line())
-}
-
 fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
 }
 
-/// A stream that becomes readable on SIGINT or SIGTERM.
+/// A stream that becomes readable when a signal asks the process to end. A second such signal ends it on the spot.
 fn interrupt_signals() -> std::io::Result<UnixStream> {
     let (reader, writer) = UnixStream::pair()?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    let asked_before = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked_before))?;
+        flag::register(signal, Arc::clone(&asked_before))?;
         signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
     }
     Ok(reader)

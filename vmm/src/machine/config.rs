@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use agent_protocol::Cause;
 use kvm_ioctls::Kvm;
 
-use crate::boot::Payload;
+use crate::boot::{self, BootError, Payload};
 use crate::device::console::ConsoleOutput;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
 use crate::kvm::pmu::PmuPolicy;
@@ -80,23 +81,25 @@ impl Config {
         }
     }
 
-    /// The command line without what changes from life to life: devices in Linux's syntax, and for the agent the ports by
-    /// which it resets the machine and turns it off.
-    pub(super) fn base_command_line(&self) -> String {
-        let mut words = Vec::new();
-        if !self.command_line.is_empty() {
-            words.push(self.command_line.clone());
-        }
-        words.push(format!(
-            "virtio_mmio.device=4K@{:#x}:{}",
-            layout::VIRTIO_MMIO_BASE,
-            layout::VIRTIO_PIN
-        ));
+    /// The command line of life `life`: devices in Linux's syntax; for the agent also the ports by which it resets the
+    /// machine and turns it off, and which life it is; the user's words last, as Linux wants what follows `--`.
+    pub(super) fn command_line(&self, life: u32, cause: Cause) -> String {
+        let (base, pin) = (layout::VIRTIO_MMIO_BASE, layout::VIRTIO_PIN);
+        let mut words = vec![format!("virtio_mmio.device=4K@{base:#x}:{pin}")];
         if matches!(self.payload, Payload::Agent) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
             words.push(format!("agent.acpi_poweroff={power_off:#x}:{ACPI_POWER_OFF:#x}"));
+            words.push(format!("agent.life={life} agent.cause={cause}"));
+        }
+        if !self.command_line.is_empty() {
+            words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Checks that the command line fits in every life that may come.
+    pub(super) fn check_command_line(&self) -> Result<(), BootError> {
+        boot::check_command_line(&self.command_line(u32::MAX, Cause::PowerOn))
     }
 }

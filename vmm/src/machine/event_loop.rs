@@ -39,11 +39,16 @@ impl EventLoop {
 
     /// Serves `machine` until it stops.
     pub fn run(mut self, machine: Machine, signals: UnixStream) {
-        let stopped = Arc::clone(&self.stopped);
+        let (stopped, events) = (Arc::clone(&self.stopped), machine.events.clone());
         self.manager.add_subscriber(Box::new(MachineEvents { machine, signals, stopped }));
         while !self.stopped.load(Ordering::Relaxed) {
-            // An interrupted wait dispatches nothing and is not an error; anything else would repeat for ever.
-            if self.manager.run().is_err() {
+            if let Err(error) = self.manager.run() {
+                // An interrupted wait is no error; anything else would repeat for ever.
+                let source = std::io::Error::other(error.to_string());
+                let _ = events.send(Event::Stopped(Stop::Failed(MachineError::Host {
+                    action: "wait for events",
+                    source,
+                })));
                 break;
             }
         }
@@ -116,17 +121,24 @@ impl MutEventSubscriber for MachineEvents {
             self.machine.handle_messages()
         };
         if let Some(stop) = stop {
-            self.machine.park_vcpus();
-            let _ = self.machine.events.send(Event::Stopped(stop));
+            self.machine.stop(stop);
             self.stopped.store(true, Ordering::Relaxed);
         }
     }
 }
 
 impl Machine {
+    /// The last thing that a machine does. Its connections end after the event that says why, so that whoever sees the end
+    /// of one finds the event.
+    fn stop(&self, stop: Stop) {
+        self.park_vcpus();
+        let _ = self.events.send(Event::Stopped(stop));
+        self.devices.vsock.lock().unwrap_or_else(PoisonError::into_inner).device.shut_down();
+    }
+
     /// Handles what has come; the reason to stop, if one did.
     fn handle_messages(&mut self) -> Option<Stop> {
-        while let Ok(message) = self.inbox.try_recv() {
+        while let Some(message) = self.next_message() {
             let stop = match message {
                 Message::VcpuStopped(at, stop) => self.handle_vcpu_stop(at, stop),
                 Message::Command(Command::Reset) => self.reset_or_stop(Cause::Host, Instant::now()),
@@ -144,9 +156,19 @@ impl Machine {
         None
     }
 
+    fn next_message(&mut self) -> Option<Message> {
+        self.kept.pop_front().or_else(|| self.inbox.try_recv().ok())
+    }
+
+    /// Drops what parked vCPUs have said: it belongs to the life that is over. Commands stay.
+    pub(super) fn forget_vcpu_stops(&mut self) {
+        let is_command = |message: &Message| matches!(message, Message::Command(_));
+        self.kept = std::iter::from_fn(|| self.next_message()).filter(is_command).collect();
+    }
+
     fn handle_vcpu_stop(&mut self, at: Instant, stop: VcpuStop) -> Option<Stop> {
         match stop {
-            VcpuStop::Reset(cause) => match self.reset_policy {
+            VcpuStop::Reset(cause) => match self.config.reset_policy {
                 ResetPolicy::Limited(limit) if self.life > limit => Some(Stop::Reset(cause)),
                 ResetPolicy::InPlace | ResetPolicy::Limited(_) => self.reset_or_stop(cause, at),
             },

@@ -5,7 +5,7 @@ use std::time::Instant;
 use agent_protocol::Cause;
 
 use super::{Devices, Event, Machine, MachineError};
-use crate::boot;
+use crate::boot::{self, Payload};
 use crate::bus::Shared;
 
 impl Machine {
@@ -16,6 +16,7 @@ impl Machine {
     pub(super) fn reset(&mut self, cause: Cause, at: Instant) -> Result<(), MachineError> {
         // 1. Nobody runs guest code, and no exit waits to be completed over restored registers.
         self.park_vcpus();
+        self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
         self.devices.reset();
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
@@ -28,11 +29,9 @@ impl Machine {
         self.memory.restore()?;
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
-        if let Some(base) = &self.agent_command_line {
-            boot::write_command_line(
-                self.memory.ram(),
-                &life_command_line(base, self.life, cause),
-            )?;
+        if matches!(self.config.payload, Payload::Agent) {
+            let text = self.config.command_line(self.life, cause);
+            boot::write_command_line(self.memory.ram(), &text)?;
         }
         self.run_vcpus();
         // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
@@ -66,9 +65,4 @@ impl Devices {
 fn lock<D>(device: &Shared<D>) -> std::sync::MutexGuard<'_, D> {
     // vCPUs are parked; a panic under the lock has ended the process already or failed a test.
     device.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// The agent's command line in life `life`.
-pub(super) fn life_command_line(base: &str, life: u32, cause: Cause) -> String {
-    format!("{base} agent.life={life} agent.cause={cause}")
 }

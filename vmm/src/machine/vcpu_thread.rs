@@ -5,7 +5,7 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -108,12 +108,21 @@ impl VcpuThread {
         }
     }
 
-    /// Waits until the vCPU is parked and has no exit to complete. Bounded by the time of one exit, since the kick is
-    /// reliable.
+    /// Waits until the vCPU is parked and has no exit to complete. One kick gets it out of guest code for certain; the
+    /// repetitions are for a thread that is about to block elsewhere, on a console that nobody reads.
     pub fn wait_parked(&self) {
+        const KICK_AGAIN: Duration = Duration::from_millis(20);
         let mut state = self.control.lock();
         while !state.parked {
-            state = self.control.wait(state);
+            let waited = self.control.changed.wait_timeout(state, KICK_AGAIN);
+            let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+                return;
+            }
+            if timeout.timed_out() && !state.parked {
+                self.kick();
+            }
         }
     }
 
@@ -149,6 +158,7 @@ impl Drop for VcpuThread {
         self.control.lock().order = Order::End;
         self.control.changed.notify_all();
         self.kick();
+        self.wait_parked();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -215,7 +225,11 @@ impl Runner {
         let mut state = self.control.lock();
         loop {
             match state.order {
-                Order::End => return None,
+                Order::End => {
+                    state.parked = true;
+                    self.control.changed.notify_all();
+                    return None;
+                }
                 Order::Run => return Some(state.nmi),
                 Order::Park => {
                     state.parked = true;

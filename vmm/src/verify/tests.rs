@@ -1,5 +1,6 @@
 use agent_protocol::{
-    DmaReport, ExceptionRecord, LogLine, NmiRecord, NmiReport, PmuCpuid, PmuReport, Timings,
+    DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
+    Timings,
 };
 
 use super::*;
@@ -104,6 +105,16 @@ fn a_reset_that_changes_the_machine_is_found() {
         life(2, Cause::Host, |r| r.pmu.cpuid.leaf_80000001_ecx = 1 << 23),
     ];
     assert_eq!(names(PmuPolicy::Off, &lives), ["cpuid-changed"]);
+}
+
+#[test]
+fn a_counter_that_kept_its_value_is_found_though_it_does_not_run() {
+    let counter = |value| MsrReading { index: 0xc001_0201, value: Some(value) };
+    let lives = [
+        life(1, Cause::PowerOn, |r| r.pmu.msrs.push(counter(0))),
+        life(2, Cause::Host, |r| r.pmu.msrs.push(counter(77))),
+    ];
+    assert_eq!(names(PmuPolicy::Off, &lives), ["pmu-residue"]);
 }
 
 #[test]

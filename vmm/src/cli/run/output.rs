@@ -68,6 +68,8 @@ pub(super) struct Output {
     progress: bool,
     lives: u32,
     causes: BTreeMap<&'static str, Tally>,
+    /// The first failure to print. Told at the end, since the machine lives on without readers.
+    failure: Option<io::Error>,
 }
 
 /// The lives of one cause.
@@ -81,7 +83,7 @@ struct Tally {
 impl Output {
     pub fn new(json: bool, resets: u32) -> Self {
         let progress = resets > MOST_ROWS && io::stderr().is_terminal();
-        Self { json, resets, progress, lives: 0, causes: BTreeMap::new() }
+        Self { json, resets, progress, lives: 0, causes: BTreeMap::new(), failure: None }
     }
 
     /// A life is over.
@@ -100,10 +102,10 @@ impl Output {
         }
     }
 
-    fn json_life(&self, life: &Life) {
+    fn json_life(&mut self, life: &Life) {
         let before = if self.lives == 1 { "{\"lives\":[" } else { "," };
         // The types have string keys and no maps, so serializing cannot fail.
-        print(&format!("{before}{}", serde_json::to_string(life).unwrap_or_default()));
+        self.print(&format!("{before}{}", serde_json::to_string(life).unwrap_or_default()));
     }
 
     fn count(&mut self, life: &Life) {
@@ -113,7 +115,7 @@ impl Output {
         tally.hello_us.extend(life.hello_us);
     }
 
-    fn row(&self, life: &Life) {
+    fn row(&mut self, life: &Life) {
         let header = match self.lives {
             1 => "life  cause     pmu           nmis  hello\n",
             _ => "",
@@ -121,25 +123,29 @@ impl Output {
         let nmis = life.report.as_ref().map_or("-".into(), |report| report.nmi.total.to_string());
         let hello = life.hello_us.map_or("-".into(), milliseconds);
         let (number, cause, pmu) = (life.life, life.cause.name(), pmu_word(life));
-        print(&format!("{header}{number:>4}  {cause:<8}  {pmu:<12}  {nmis:>4}  {hello}\n"));
+        self.print(&format!("{header}{number:>4}  {cause:<8}  {pmu:<12}  {nmis:>4}  {hello}\n"));
     }
 
-    pub fn interrupted(&self) {
+    /// There will be no verdict.
+    pub fn abandon(&mut self) {
         self.clear_progress();
-        if self.json && self.lives > 0 {
-            print("],\"verdict\":null}\n");
+        if self.json {
+            let lives = if self.lives == 0 { "{\"lives\":[" } else { "" };
+            self.print(&format!("{lives}],\"verdict\":null}}\n"));
         }
-        let _ = writeln!(io::stderr(), "cleanslate: interrupted");
     }
 
     /// The verdict.
-    pub fn finish(&self, summary: &Summary) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// Something of all this could not be printed.
+    pub fn finish(mut self, summary: &Summary) -> io::Result<()> {
         self.clear_progress();
         if self.json {
             // The summary is an object of its own; its fields join those of the object that the lives began.
             let rest = serde_json::to_string(summary)?;
-            print(&format!("],{}\n", &rest[1..]));
-            return Ok(());
+            self.print(&format!("],{}\n", &rest[1..]));
+            return self.failure.map_or(Ok(()), Err);
         }
         let mut text = self.table_by_cause();
         for Finding { name, life, detail } in summary.findings {
@@ -152,8 +158,19 @@ impl Output {
             0 => writeln!(text, "clean: {lives}, no findings"),
             count => writeln!(text, "not clean: {lives}, {}", plural(count, "finding", "findings")),
         };
-        print(&text);
-        Ok(())
+        self.print(&text);
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    /// Writes to stdout. A reader that went away, as `head` does, is no error of ours.
+    fn print(&mut self, text: &str) {
+        let mut stdout = io::stdout().lock();
+        let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        if let Err(error) = written
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            self.failure.get_or_insert(error);
+        }
     }
 
     /// A row for each cause: how many lives, which PMU states, how many NMIs, and the distribution of the times to hello.
@@ -192,12 +209,6 @@ impl Output {
 
 fn plural(count: usize, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
-}
-
-/// Writes to stdout. A reader that went away, as `head` does, is no error of ours.
-fn print(text: &str) {
-    let mut stdout = io::stdout().lock();
-    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }
 
 fn pmu_word(life: &Life) -> &'static str {

@@ -205,6 +205,13 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Drops the requests that wait in the inbox, and refuses those that come.
+    pub fn shut_down(&self) {
+        self.inbox.close();
+    }
+}
+
 impl AsFd for Host {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.poller.as_fd()
@@ -213,6 +220,6 @@ impl AsFd for Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        self.inbox.close();
+        self.shut_down();
     }
 }

@@ -21,6 +21,8 @@ pub struct VsockStats {
     pub connections_reset: u64,
     /// Descriptor chains that described no usable buffer.
     pub bad_chains: u64,
+    /// Queues that could not be used any further, or at all.
+    pub broken_rings: u64,
     /// Packets that have no meaning, or none at this point of their connection.
     pub bad_packets: u64,
     /// Packets that broke the rules of flow control.
