@@ -41,6 +41,12 @@ impl Guest {
         self.raw(&[0xa1]).raw(&address.to_le_bytes())
     }
 
+    /// Waits until `[address]` has any of `bits`: `1: test dword [address], bits; jz 1b`
+    pub fn wait_for(self, address: u32, bits: u32) -> Self {
+        let test = self.raw(&[0xf7, 0x05]).raw(&address.to_le_bytes()).raw(&bits.to_le_bytes());
+        test.raw(&[0x74, (-12_i8) as u8])
+    }
+
     /// Turns the machine off by ACPI's sleep control register.
     pub fn power_off(self) -> Self {
         self.out(0x601, 0x34).halt()
