@@ -15,24 +15,9 @@ use std::path::PathBuf;
 use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::layout;
+use crate::layout::{self, Entry};
 use crate::memory::{GuestRam, MemoryError};
 use image::Kind;
-
-/// Where the first vCPU starts, and by which protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// PVH: 32-bit protected mode without paging, `hvm_start_info` at [`layout::PVH_START_INFO`].
-    Pvh {
-        /// First instruction.
-        rip: u64,
-    },
-    /// Linux's 64-bit boot protocol, `boot_params` at [`layout::ZERO_PAGE`].
-    Linux64 {
-        /// First instruction.
-        rip: u64,
-    },
-}
 
 /// What to boot.
 #[derive(Clone, Debug)]

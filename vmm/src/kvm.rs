@@ -14,7 +14,7 @@ pub mod vm;
 
 use std::io;
 
-use kvm_ioctls::Kvm;
+pub use kvm_ioctls::Kvm;
 
 /// Why KVM did not do what was asked. All are host failures.
 #[derive(Debug, thiserror::Error)]

@@ -61,6 +61,21 @@ pub const RESET_CONTROL_PORT: u16 = 0xcf9;
 /// ACPI registers: reset at +0, sleep control at +1, sleep status at +2.
 pub const ACPI_PORT: u16 = 0x600;
 
+/// Where the first vCPU starts, and by which protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// PVH: 32-bit protected mode without paging, `hvm_start_info` at [`PVH_START_INFO`].
+    Pvh {
+        /// First instruction.
+        rip: u64,
+    },
+    /// Linux's 64-bit boot protocol, `boot_params` at [`ZERO_PAGE`].
+    Linux64 {
+        /// First instruction.
+        rip: u64,
+    },
+}
+
 /// Where RAM of `bytes` lies: (guest address, length) of each range, lowest first.
 pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
     let low = bytes.min(LOW_RAM_END);

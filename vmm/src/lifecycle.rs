@@ -7,7 +7,7 @@ use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
 
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
-use crate::machine::{Event, Handle, MachineError, Stop};
+use crate::machine::{Event, Handle, MachineError, NmiOutcome, Stop};
 use crate::verify::{Failure, FailureKind, Life};
 
 /// What to do with a machine.
@@ -146,10 +146,13 @@ impl Leader<'_> {
     fn inject_nmi(&self, agent: &mut Agent) -> Result<(), Trouble> {
         self.machine.inject_nmi();
         match self.machine.next_event(self.plan.timeout) {
-            Some(Event::Nmi { delivered: true }) => {
+            Some(Event::Nmi(NmiOutcome::Queued)) => {
                 agent.ping().map_err(|error| self.explain(error, FailureKind::NoReport))
             }
-            Some(Event::Nmi { delivered: false }) => Err(LifecycleError::NmiMasked.into()),
+            Some(Event::Nmi(NmiOutcome::Masked)) => Err(LifecycleError::NmiMasked.into()),
+            Some(Event::Nmi(NmiOutcome::VcpuStopped)) => {
+                Err(self.explain(AgentError::Closed, FailureKind::NoReport))
+            }
             Some(event) => Err(self.unexpected(event)),
             None => Err(self.failure(FailureKind::NoReport, "the vCPU took no NMI".into())),
         }
@@ -206,7 +209,7 @@ impl Leader<'_> {
             Event::Stopped(Stop::PowerOff) => {
                 self.failure(FailureKind::GuestStopped, "the guest turned the machine off".into())
             }
-            Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi { .. } => {
+            Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi(_) => {
                 self.failure(FailureKind::GuestStopped, "the machine stopped".into())
             }
         }

@@ -1,7 +1,7 @@
 //! A running machine: its parts, its event loop, and the handle by which the rest of the program steers it.
 //!
-//! One thread runs the event loop and owns everything; each vCPU has a thread that runs guest code and reports when it
-//! cannot go on. Nobody else touches a device, a vCPU or guest memory.
+//! One thread runs the event loop and owns everything; each vCPU has a thread that runs guest code, has the devices answer
+//! its accesses, and reports when it cannot go on. The handle sends commands and reads counters.
 
 mod build;
 mod config;
@@ -31,11 +31,11 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
-use crate::kvm::KvmError;
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
+use crate::kvm::{Kvm, KvmError};
 use crate::memory::{Memory, MemoryError};
 use vcpu_thread::VcpuThread;
 
@@ -181,13 +181,21 @@ pub enum Event {
         /// When the cause reached the monitor.
         at: Instant,
     },
-    /// An NMI was wanted.
-    Nmi {
-        /// Whether the guest had its NMI pin connected, so that the NMI was queued.
-        delivered: bool,
-    },
+    /// An NMI was wanted, and this became of it.
+    Nmi(NmiOutcome),
     /// It does not run any more. The last event.
     Stopped(Stop),
+}
+
+/// What became of an NMI that was wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NmiOutcome {
+    /// It was queued.
+    Queued,
+    /// The guest has masked the NMI pin of its local APIC (LINT1).
+    Masked,
+    /// The vCPU stopped before it could be queued: another event says why.
+    VcpuStopped,
 }
 
 /// Why a machine stopped.
@@ -254,7 +262,7 @@ pub struct Handle {
 
 /// What is needed to describe the host; asked for only after the launch, since it takes time.
 struct HostInfoSource {
-    kvm: Arc<kvm_ioctls::Kvm>,
+    kvm: Arc<Kvm>,
     pmu_absence: PmuAbsence,
 }
 

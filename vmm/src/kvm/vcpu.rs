@@ -12,8 +12,7 @@ use super::KvmError;
 use super::pmu::PmuPolicy;
 use super::state::PowerOnState;
 use super::tsc::TscOffset;
-use crate::boot::Entry;
-use crate::layout;
+use crate::layout::{self, Entry};
 use crate::memory::GuestRam;
 
 /// Why a vCPU came back from guest mode, as the machine sees it.

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::event_loop::{EventLoop, VirtioEvents};
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{Config, Devices, GUEST_CID, Handle, HostInfoSource, Machine, MachineError, Message};
-use crate::boot::{self, Entry};
+use crate::boot;
 use crate::bus::{Bus, Shared};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
@@ -25,8 +25,8 @@ use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::device::vsock::{GuestCid, Vsock};
 use crate::kvm::host::KvmKind;
 use crate::kvm::vm::Vm;
-use crate::kvm::{self, cpuid};
-use crate::layout;
+use crate::kvm::{self, Kvm, cpuid};
+use crate::layout::{self, Entry};
 use crate::memory::{Memory, Template};
 
 /// Status of a process that a signal ended, as shells give it for SIGINT.
@@ -120,12 +120,7 @@ struct Built {
     entry: Entry,
 }
 
-fn build_vm(
-    config: &Config,
-    kvm: &kvm_ioctls::Kvm,
-    kind: KvmKind,
-    vcpus: u8,
-) -> Result<Built, MachineError> {
+fn build_vm(config: &Config, kvm: &Kvm, kind: KvmKind, vcpus: u8) -> Result<Built, MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, &config.payload, &command_line, vcpus)

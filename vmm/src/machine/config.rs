@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use agent_protocol::Cause;
-use kvm_ioctls::Kvm;
 
 use crate::boot::{self, BootError, Payload};
 use crate::device::console::ConsoleOutput;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
 use crate::layout;

@@ -143,8 +143,9 @@ impl Machine {
                 Message::VcpuStopped(at, stop) => self.handle_vcpu_stop(at, stop),
                 Message::Command(Command::Reset) => self.reset_or_stop(Cause::Host, Instant::now()),
                 Message::Command(Command::Nmi) => {
-                    let delivered = self.vcpus.first().is_some_and(|(vcpu, _)| vcpu.inject_nmi());
-                    let _ = self.events.send(Event::Nmi { delivered });
+                    // There is a first vCPU: the configuration asks for one at least.
+                    let outcome = self.vcpus[0].0.inject_nmi();
+                    let _ = self.events.send(Event::Nmi(outcome));
                     None
                 }
                 Message::Command(Command::Stop) => Some(Stop::Requested),

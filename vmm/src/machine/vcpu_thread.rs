@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::{GuestStuck, Message, StuckReason, VcpuStop};
+use super::{GuestStuck, Message, NmiOutcome, StuckReason, VcpuStop};
 use crate::bus::{Bus, Effect};
 use crate::device::ioapic::IoApic;
 use crate::kvm::KvmError;
@@ -41,8 +41,7 @@ enum NmiOrder {
     None,
     /// Queue one before the next entry.
     Queue,
-    /// Done; true if the guest had its NMI pin connected.
-    Done(bool),
+    Done(NmiOutcome),
 }
 
 #[derive(Debug)]
@@ -131,16 +130,19 @@ impl VcpuThread {
         self.cell.lock()
     }
 
-    /// Queues an NMI and says whether the guest had its NMI pin connected.
-    pub fn inject_nmi(&self) -> bool {
+    /// Queues an NMI.
+    pub fn inject_nmi(&self) -> NmiOutcome {
         self.control.lock().nmi = NmiOrder::Queue;
         self.kick();
         let mut state = self.control.lock();
         while state.nmi == NmiOrder::Queue && !state.parked {
             state = self.control.wait(state);
         }
-        // A vCPU that parked instead drops it: its machine is about to be reset or to end.
-        std::mem::replace(&mut state.nmi, NmiOrder::None) == NmiOrder::Done(true)
+        match std::mem::replace(&mut state.nmi, NmiOrder::None) {
+            NmiOrder::Done(outcome) => outcome,
+            // It parked instead: its machine is about to be reset or to end.
+            NmiOrder::Queue | NmiOrder::None => NmiOutcome::VcpuStopped,
+        }
     }
 
     /// Flag first, then the signal: whichever side of `KVM_RUN`'s entry the vCPU is on, one of them gets it out.
@@ -252,8 +254,8 @@ impl Runner {
     }
 
     fn queue_nmi(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
-        let queued = vcpu.inject_nmi()?;
-        self.control.lock().nmi = NmiOrder::Done(queued);
+        let outcome = if vcpu.inject_nmi()? { NmiOutcome::Queued } else { NmiOutcome::Masked };
+        self.control.lock().nmi = NmiOrder::Done(outcome);
         self.control.changed.notify_all();
         Ok(())
     }
@@ -300,11 +302,12 @@ impl Runner {
         self.cell.request_exit();
         for _ in 0..MOST_FRAGMENTS {
             if vcpu.run()? == Exit::Kicked {
-                break;
+                self.cell.allow_entry();
+                return Ok(());
             }
         }
-        self.cell.allow_entry();
-        Ok(())
+        let source = io::Error::other("KVM keeps asking for more");
+        Err(KvmError::Request { action: "complete the vCPU's last exit", source })
     }
 }
 
