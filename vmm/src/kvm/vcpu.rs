@@ -1,10 +1,12 @@
 //! A virtual processor: its first state, how it runs, how it is interrupted, and what each exit means.
 
-use std::ptr::NonNull;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{CpuId, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, kvm_lapic_state, kvm_regs, kvm_run, kvm_segment, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -40,24 +42,63 @@ pub enum Exit<'a> {
     Unexpected(String),
 }
 
+/// A view of a vCPU's `kvm_run` page of our own. kvm-ioctls makes a `&mut kvm_run` of its view whenever the vCPU comes back,
+/// which claims the whole page for the thread that runs it, and shows nobody the pointer behind it. A store of another
+/// thread goes by this view, of which there never is such a reference; what both views show is one page to the kernel.
+#[derive(Debug)]
+struct RunPage(NonNull<kvm_run>);
+
+// SAFETY: the mapping belongs to no thread, and the only access to it is atomic.
+unsafe impl Send for RunPage {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for RunPage {}
+
+impl RunPage {
+    fn map(fd: &VcpuFd) -> io::Result<Self> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice takes nothing away from anybody.
+        let page = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size_of::<kvm_run>(),
+                protection,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        NonNull::new(page.cast())
+            .filter(|_| page != libc::MAP_FAILED)
+            .map(Self)
+            .ok_or_else(io::Error::last_os_error)
+    }
+
+    fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: the mapping is large enough for the field and lives as long as `self`; nothing but the kernel and this
+        // function's callers accesses the byte by this view, and the kernel takes it for a flag.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) }
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: `map` made exactly this mapping, and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
+    }
+}
+
 /// A vCPU that one thread runs and others may interrupt.
 #[derive(Debug)]
 pub struct VcpuCell {
     vcpu: Mutex<Vcpu>,
-    immediate_exit: NonNull<AtomicU8>,
+    run_page: Arc<RunPage>,
 }
-
-// SAFETY: the pointer leads into the `kvm_run` page that `vcpu` keeps mapped as long as the cell lives (no method gives the
-// vCPU away), and is used for atomic accesses to one byte alone.
-unsafe impl Send for VcpuCell {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for VcpuCell {}
 
 impl VcpuCell {
     /// Makes `vcpu` interruptible.
-    pub fn new(mut vcpu: Vcpu) -> Self {
-        let flag = NonNull::from(&mut vcpu.fd.get_kvm_run().immediate_exit);
-        Self { vcpu: Mutex::new(vcpu), immediate_exit: flag.cast() }
+    pub fn new(vcpu: Vcpu) -> Self {
+        let run_page = Arc::clone(&vcpu.run_page);
+        Self { vcpu: Mutex::new(vcpu), run_page }
     }
 
     /// The vCPU itself. Its thread holds the lock while it runs the guest.
@@ -69,17 +110,12 @@ impl VcpuCell {
     /// Makes the next or current `KVM_RUN` return [`Exit::Kicked`]. If the vCPU may be in guest mode, a signal to its
     /// thread must follow.
     pub fn request_exit(&self) {
-        self.immediate_exit().store(1, Ordering::SeqCst);
+        self.run_page.immediate_exit().store(1, Ordering::SeqCst);
     }
 
     /// Takes back [`VcpuCell::request_exit`].
     pub fn allow_entry(&self) {
-        self.immediate_exit().store(0, Ordering::SeqCst);
-    }
-
-    fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: see `Send`; the kernel reads the byte as a flag, and this module writes it through no other path.
-        unsafe { self.immediate_exit.as_ref() }
+        self.run_page.immediate_exit().store(0, Ordering::SeqCst);
     }
 }
 
@@ -89,12 +125,18 @@ pub struct Vcpu {
     fd: VcpuFd,
     cpuid: CpuId,
     id: u8,
+    run_page: Arc<RunPage>,
 }
 
 impl Vcpu {
     /// Wraps a vCPU that has its CPUID.
-    pub(super) fn new(fd: VcpuFd, cpuid: CpuId, id: u8) -> Self {
-        Self { fd, cpuid, id }
+    ///
+    /// # Errors
+    /// [`KvmError::Request`] if its page cannot be mapped.
+    pub(super) fn new(fd: VcpuFd, cpuid: CpuId, id: u8) -> Result<Self, KvmError> {
+        let run_page = RunPage::map(&fd)
+            .map_err(|source| KvmError::Request { action: "map a vCPU's page", source })?;
+        Ok(Self { fd, cpuid, id, run_page: Arc::new(run_page) })
     }
 
     /// Gives the vCPU its registers for the first instruction and captures the result. The first vCPU starts at `entry`,

@@ -46,8 +46,10 @@ impl Vm {
                 memory_size: range.bytes,
                 userspace_addr: range.host,
             };
-            // SAFETY: the range is a mapping that `memory` owns, and whoever builds a machine drops the machine before its
-            // memory (`machine::Machine` keeps both, in that order).
+            // SAFETY: the range is a mapping that `memory` owns. KVM touches it for a vCPU alone, and whoever builds a machine
+            // ends its vCPUs before it drops the memory (`machine::Machine` keeps both, in that order). The machine's
+            // descriptor may live longer, in the interrupt router of a device that the handle still shows: without a vCPU
+            // it can only queue interrupts.
             unsafe { fd.set_user_memory_region(region) }
                 .map_err(KvmError::request("give the machine its memory"))?;
         }
@@ -92,7 +94,7 @@ impl Vm {
         let fd = self.fd.create_vcpu(u64::from(id)).map_err(KvmError::request("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(supported, &fd, id, count)?;
         fd.set_cpuid2(&cpuid).map_err(KvmError::request("set the CPUID"))?;
-        Ok(Vcpu::new(fd, cpuid, id))
+        Vcpu::new(fd, cpuid, id)
     }
 
     /// Makes a 4-byte write of `value` at guest address `address` signal `fd` without leaving the kernel.
