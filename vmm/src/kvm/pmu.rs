@@ -33,6 +33,16 @@ pub enum PmuAbsence {
     NotAbsent,
 }
 
+impl PmuAbsence {
+    /// True unless KVM itself keeps the guest from counting, whatever CPUID says. A reset then has counters to stop.
+    pub fn guest_may_count(self) -> bool {
+        match self {
+            Self::Capability | Self::ModuleParameter => false,
+            Self::CpuidOnly | Self::NotAbsent => true,
+        }
+    }
+}
+
 /// `KVM_CAP_PMU_CAPABILITY` as `KVM_CHECK_EXTENSION` gives it.
 pub fn disable_capability(kvm: &Kvm) -> i32 {
     kvm.check_extension_raw(u64::from(KVM_CAP_PMU_CAPABILITY))
@@ -165,10 +175,11 @@ fn intel_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
     writes
 }
 
-/// True for every register that [`reset_sequence`] may write: the generic restore leaves those alone.
+/// True for every register that [`reset_sequence`] may write, and for those that only show the same state once more: the
+/// generic restore leaves them alone.
 pub fn is_pmu_msr(index: u32) -> bool {
     matches!(index,
-        0xc1..=0xc8 | 0x186..=0x18d | 0x309..=0x30c | 0x38d..=0x390 | 0x3f1 | 0x3f2 | 0x4c1..=0x4c8 | 0x600
+        0xc1..=0xc8 | 0x186..=0x18d | 0x309..=0x30c | 0x38d..=0x390 | 0x3f1 | 0x4c1..=0x4c8 | 0x600
         | 0xc000_0300..=0xc000_0303 | 0xc001_0000..=0xc001_0007 | 0xc001_0200..=0xc001_020b)
 }
 
@@ -219,16 +230,48 @@ mod tests {
         assert_eq!(writes.len(), 2 + 4 + 4 + 3 + 2 + 1);
     }
 
+    /// Guests that together have every counter that KVM can give.
+    fn all_kinds() -> [CpuId; 4] {
+        let core = leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0);
+        [
+            amd(&[]),
+            amd(&[core]),
+            amd(&[core, leaf(0x8000_0022, 1, 6, 0, 0)]),
+            intel(&[leaf(1, 0, 0, 0, 1 << 21), leaf(0xa, 8 << 8 | 5, 0, 0, 4)]),
+        ]
+    }
+
     #[test]
     fn every_written_register_is_known_as_one() {
-        let cpuids = [
-            amd(&[]),
-            amd(&[leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0), leaf(0x8000_0022, 1, 6, 0, 0)]),
-            intel(&[leaf(1, 0, 0, 0, 1 << 21), leaf(0xa, 8 << 8 | 5, 0, 0, 3)]),
-        ];
-        for (msr, _) in cpuids.iter().flat_map(reset_sequence) {
+        for (msr, _) in all_kinds().iter().flat_map(reset_sequence) {
             assert!(is_pmu_msr(msr), "{msr:#x}");
         }
+    }
+
+    #[test]
+    fn every_register_kept_from_the_generic_restore_is_written_or_shows_one_that_is() {
+        /// The same counters as 0xc1 and on, by their full width (Intel SDM volume 3, "Full-Width Writes").
+        const FULL_WIDTH: std::ops::RangeInclusive<u32> = 0x4c1..=0x4c8;
+        /// Sets bits of the global status and reads as zero (AMD64 APM volume 2, 13.2.3).
+        const GLOBAL_STATUS_SET: u32 = 0xc000_0303;
+        let written: Vec<u32> =
+            all_kinds().iter().flat_map(reset_sequence).map(|(msr, _)| msr).collect();
+        let all = (0..0x2000).chain(0xc000_0000..0xc000_2000).chain(0xc001_0000..0xc001_2000);
+        for msr in all.filter(|msr| is_pmu_msr(*msr)) {
+            let shows_another = FULL_WIDTH.contains(&msr) || msr == GLOBAL_STATUS_SET;
+            assert!(written.contains(&msr) || shows_another, "{msr:#x}: nobody resets it");
+        }
+    }
+
+    #[test]
+    fn counters_are_reset_unless_kvm_itself_has_none() {
+        let check = |absence: PmuAbsence, expected| {
+            assert_eq!(absence.guest_may_count(), expected, "{absence:?}");
+        };
+        check(PmuAbsence::Capability, false);
+        check(PmuAbsence::ModuleParameter, false);
+        check(PmuAbsence::CpuidOnly, true);
+        check(PmuAbsence::NotAbsent, true);
     }
 
     #[test]

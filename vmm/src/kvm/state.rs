@@ -12,7 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::KvmError;
-use super::pmu;
+use super::pmu::{self, PmuAbsence};
 use super::tsc::TscOffset;
 
 /// Set back by its offset; see `tsc`.
@@ -69,7 +69,7 @@ impl PowerOnState {
         kvm: &Kvm,
         vcpu: &VcpuFd,
         cpuid: &CpuId,
-        has_pmu: bool,
+        pmu_absence: PmuAbsence,
     ) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::request("list the MSRs"))?;
         let is_generic = |index: &u32| {
@@ -80,7 +80,6 @@ impl PowerOnState {
         let generic: Vec<u32> =
             listed.as_slice().iter().copied().chain(unlisted_msrs()).filter(is_generic).collect();
         let offered = |(index, _): &&(u32, u64)| listed.as_slice().contains(index);
-        let sequence = if has_pmu { pmu::reset_sequence(cpuid) } else { Vec::new() };
         Ok(Self {
             regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
@@ -95,7 +94,7 @@ impl PowerOnState {
             pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
             msrs: read_msrs(vcpu, &generic)?,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
-            pmu: sequence.iter().map(entry).collect(),
+            pmu: pmu_writes(vcpu, cpuid, pmu_absence)?,
         })
     }
 
@@ -132,6 +131,23 @@ impl PowerOnState {
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..Default::default() }
+}
+
+/// The writes that stop and clear what counters the guest may have started. Registers that KVM does not let even the host
+/// read are not there for the guest either.
+fn pmu_writes(
+    vcpu: &VcpuFd,
+    cpuid: &CpuId,
+    absence: PmuAbsence,
+) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    if !absence.guest_may_count() {
+        return Ok(Vec::new());
+    }
+    let sequence = pmu::reset_sequence(cpuid);
+    let indices: Vec<u32> = sequence.iter().map(|(index, _)| *index).collect();
+    let there = read_msrs(vcpu, &indices)?;
+    let is_there = |(index, _): &&(u32, u64)| there.iter().any(|msr| msr.index == *index);
+    Ok(sequence.iter().filter(is_there).map(entry).collect())
 }
 
 /// Nothing queued, nothing masked; the flags make KVM take the fields that it would otherwise leave alone.

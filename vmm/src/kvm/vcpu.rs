@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::KvmError;
-use super::pmu::PmuPolicy;
+use super::pmu::PmuAbsence;
 use super::state::PowerOnState;
 use super::tsc::TscOffset;
 use crate::layout::{self, Entry};
@@ -148,7 +148,7 @@ impl Vcpu {
         &self,
         kvm: &Kvm,
         entry: Entry,
-        pmu: PmuPolicy,
+        pmu_absence: PmuAbsence,
     ) -> Result<PowerOnState, KvmError> {
         if self.id == 0 {
             let mut sregs =
@@ -160,7 +160,7 @@ impl Vcpu {
         let mut lapic = self.fd.get_lapic().map_err(KvmError::request("get the local APIC"))?;
         wire_local_interrupts(&mut lapic);
         self.fd.set_lapic(&lapic).map_err(KvmError::request("set the local APIC"))?;
-        PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu == PmuPolicy::Host)
+        PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu_absence)
     }
 
     /// The offset with which the time stamp counter would start at zero now.

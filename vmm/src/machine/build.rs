@@ -59,7 +59,7 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let mut vcpus = Vec::new();
     for id in 0..vcpu_count {
         let vcpu = vm.create_vcpu(&supported, id, vcpu_count)?;
-        let power_on = vcpu.power_on(&kvm, entry, config.pmu)?;
+        let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence())?;
         let thread = VcpuThread::spawn(vcpu, id, surroundings.clone())
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
