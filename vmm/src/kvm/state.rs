@@ -3,6 +3,8 @@
 //! The order of the restore matters and is explained at [`PowerOnState::restore`]; the list of what it covers is the
 //! project's `facts`: registers, extended state, debug registers, events, local APIC, MSRs, PV registers, PMU.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_SMM, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM,
@@ -18,6 +20,13 @@ use super::tsc::TscOffset;
 /// Set back by its offset; see `tsc`.
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Zero leaves VMX operation; see [`PowerOnState::restore`].
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
+/// How many machine check banks there are, and of what kind.
+const MSR_MCG_CAP: u32 = 0x179;
+/// The last branch and the last exception, read-only to guests. Some versions of KVM list them and yet take no write, so
+/// what cannot be put back there is no error: four addresses, which no reset of a processor promises to clear.
+const LAST_BRANCH_MSRS: RangeInclusive<u32> = 0x1db..=0x1de;
 /// Registers by which a guest tells KVM to write into its RAM, with the value that stops it (Linux
 /// `Documentation/virt/kvm/x86/msr.rst`): wall clock, system time (old and new numbers), async page faults, steal time,
 /// PV EOI, and their companions. `POLL_CONTROL` starts at 1.
@@ -34,14 +43,43 @@ const PV_MSRS: [(u32, u64); 10] = [
     (0x4b56_4d07, 0),
 ];
 
-/// MSRs that a guest may write and that KVM's own list leaves out: memory type ranges.
-fn unlisted_msrs() -> impl Iterator<Item = u32> {
+/// MSRs that a guest may write and that KVM's own list leaves out, always or on some hosts: memory type ranges, machine
+/// check banks (Intel SDM volume 3, section "Machine-Check MSRs"), and a few. Those that not every host has come last: after
+/// one that KVM refuses, the rest is asked for once more.
+fn unlisted_msrs(mcg_cap: u64) -> impl Iterator<Item = u32> {
     const DEFAULT_TYPE: u32 = 0x2ff;
+    const DEBUG_CONTROL: u32 = 0x1d9;
+    const TSC_AUX: u32 = 0xc000_0103;
+    /// AMD's "OS visible workarounds", which KVM lets a guest write.
+    const OSVW_LENGTH: u32 = 0xc001_0140;
+    const OSVW_STATUS: u32 = 0xc001_0141;
+    const MCG_CAP_CMCI: u64 = 1 << 10;
+    /// Control, status, address and miscellaneous of each bank.
+    const BANK_0: u32 = 0x400;
+    const BANK_0_CTL2: u32 = 0x280;
+    /// KVM's limit, and the architecture's room for `CTL2`.
+    const MOST_BANKS: u32 = 32;
+    let banks = (mcg_cap as u32 & 0xff).min(MOST_BANKS);
+    let ctl2s = if mcg_cap & MCG_CAP_CMCI != 0 { banks } else { 0 };
     [DEFAULT_TYPE]
         .into_iter()
         .chain(0x200..=0x20f)
         .chain([0x250, 0x258, 0x259])
         .chain(0x268..=0x26f)
+        .chain(BANK_0..BANK_0 + 4 * banks)
+        .chain(BANK_0_CTL2..BANK_0_CTL2 + ctl2s)
+        .chain([DEBUG_CONTROL, TSC_AUX, OSVW_LENGTH, OSVW_STATUS])
+}
+
+/// Everything that is put back as it was read: what KVM lists and what it does not, without what has a step of its own.
+fn generic_msrs(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
+    let is_generic = |index: &u32| {
+        !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE)
+            && !pmu::is_pmu_msr(*index)
+            && !PV_MSRS.iter().any(|(pv, _)| pv == index)
+    };
+    let unlisted = unlisted_msrs(mcg_cap).filter(|index| !listed.contains(index));
+    listed.iter().copied().chain(unlisted).filter(is_generic).collect()
 }
 
 /// A vCPU as it is before its first instruction.
@@ -55,6 +93,7 @@ pub struct PowerOnState {
     mp_state: kvm_mp_state,
     events: kvm_vcpu_events,
     pv: Vec<kvm_msr_entry>,
+    leave_vmx: Vec<kvm_msr_entry>,
     msrs: Vec<kvm_msr_entry>,
     deadline: Vec<kvm_msr_entry>,
     pmu: Vec<kvm_msr_entry>,
@@ -72,14 +111,11 @@ impl PowerOnState {
         pmu_absence: PmuAbsence,
     ) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::request("list the MSRs"))?;
-        let is_generic = |index: &u32| {
-            !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE)
-                && !pmu::is_pmu_msr(*index)
-                && !PV_MSRS.iter().any(|(pv, _)| pv == index)
-        };
-        let generic: Vec<u32> =
-            listed.as_slice().iter().copied().chain(unlisted_msrs()).filter(is_generic).collect();
-        let offered = |(index, _): &&(u32, u64)| listed.as_slice().contains(index);
+        let listed = listed.as_slice();
+        let mcg_cap = read_msrs(vcpu, &[MSR_MCG_CAP])?.first().map_or(0, |cap| cap.data);
+        let msrs = read_msrs(vcpu, &generic_msrs(listed, mcg_cap))?;
+        let has_feature_control = msrs.iter().any(|msr| msr.index == MSR_FEATURE_CONTROL);
+        let offered = |(index, _): &&(u32, u64)| listed.contains(index);
         Ok(Self {
             regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
@@ -92,7 +128,11 @@ impl PowerOnState {
             mp_state: vcpu.get_mp_state().map_err(KvmError::request("get the run state"))?,
             events: no_events(kvm),
             pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
-            msrs: read_msrs(vcpu, &generic)?,
+            leave_vmx: has_feature_control
+                .then(|| entry(&(MSR_FEATURE_CONTROL, 0)))
+                .into_iter()
+                .collect(),
+            msrs,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
             pmu: pmu_writes(vcpu, cpuid, pmu_absence)?,
         })
@@ -106,8 +146,11 @@ impl PowerOnState {
     pub fn restore(&self, vcpu: &VcpuFd, tsc: TscOffset) -> Result<(), KvmError> {
         // First of all, KVM forgets where in RAM it was to write clocks and flags.
         write_msrs(vcpu, &self.pv)?;
-        // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME or
-        // CR4.VMXE here also leaves nested guests.
+        // KVM refuses to clear CR4.VMXE of a guest in VMX operation; a zero here takes it out, and its own guest with it.
+        // The value at power-on comes with the other MSRs.
+        write_msrs(vcpu, &self.leave_vmx)?;
+        // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
+        // leaves a nested guest of AMD's kind.
         vcpu.set_sregs(&self.sregs).map_err(KvmError::request("put back the system registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
         // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is enabled
@@ -181,14 +224,17 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmEr
     Ok(values)
 }
 
-/// Writes all `entries`. A register that KVM does not let anybody write is no error while it still has the value wanted.
+/// Writes all `entries`. A register that KVM does not let anybody write is no error while it still has the value wanted,
+/// or is one of [`LAST_BRANCH_MSRS`].
 fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
     let mut rest = entries;
     while !rest.is_empty() {
         let msrs = Msrs::from_entries(rest)
             .map_err(|_| KvmError::Capability("room for all MSRs in one request"))?;
         let count = vcpu.set_msrs(&msrs).map_err(KvmError::request("put back the MSRs"))?;
-        if let Some(refused) = rest.get(count) {
+        if let Some(refused) = rest.get(count)
+            && !LAST_BRANCH_MSRS.contains(&refused.index)
+        {
             let now = read_msrs(vcpu, &[refused.index])?;
             if now.first().is_none_or(|now| now.data != refused.data) {
                 return Err(KvmError::Msr { index: refused.index, value: refused.data });
