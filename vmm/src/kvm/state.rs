@@ -244,3 +244,6 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

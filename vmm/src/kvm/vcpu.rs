@@ -122,7 +122,7 @@ impl VcpuCell {
 /// A virtual processor.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     cpuid: CpuId,
     id: u8,
     run_page: Arc<RunPage>,

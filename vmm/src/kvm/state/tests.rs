@@ -1,0 +1,118 @@
+//! A vCPU of the real KVM is dirtied in every way that a guest could, put back, and compared register by register.
+//!
+//! Needs `/dev/kvm`. What this host's KVM does not let anybody dirty is printed (`--nocapture`).
+
+mod dirt;
+mod snapshot;
+
+use super::*;
+use crate::kvm::cpuid::{self, Leaf};
+use crate::kvm::host::KvmKind;
+use crate::kvm::pmu::PmuPolicy;
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::Vm;
+use crate::layout::Entry;
+use crate::memory::{Memory, MemoryError, Template};
+use dirt::{LATE, Variant, dirty};
+use snapshot::{GROUPS, Snapshot};
+
+/// A machine of one vCPU before its first instruction. Fields are dropped in this order.
+struct Machine {
+    vcpu: Vcpu,
+    power_on: PowerOnState,
+    xcr0: u64,
+    mcg_cap: u64,
+    msrs: Vec<u32>,
+    _vm: Vm,
+    _memory: Memory,
+}
+
+impl Machine {
+    /// `pmu_absence` is what the machine is taken for; what it really is, if none.
+    fn new(pmu_absence: Option<PmuAbsence>) -> Self {
+        let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
+        let kind = KvmKind::detect();
+        let load = |_: &_| Ok::<_, MemoryError>(());
+        let memory = Memory::map(&Template::build(4 << 20, load).unwrap().0).unwrap();
+        let vm = Vm::new(&kvm, kind, &memory, PmuPolicy::Off).unwrap();
+        let cpuid = cpuid::supported(&kvm, kind, PmuPolicy::Off).unwrap();
+        let vcpu = vm.create_vcpu(&cpuid, 0, 1).unwrap();
+        let power_on = vcpu
+            .power_on(&kvm, Entry::Pvh { rip: 0x10_0000 }, pmu_absence.unwrap_or(vm.pmu_absence()))
+            .unwrap();
+        let xsave = Leaf::get(&cpuid, 0xd, 0);
+        let mcg_cap = read_msrs(&vcpu.fd, &[MSR_MCG_CAP]).unwrap()[0].data;
+        let listed = kvm.get_msr_index_list().unwrap();
+        let msrs = snapshot::all_msrs(listed.as_slice(), mcg_cap);
+        // The first three features are enough, and all that needs no permission.
+        let xcr0 = u64::from(xsave.eax & 7).max(1);
+        Self { vcpu, power_on, xcr0, mcg_cap, msrs, _vm: vm, _memory: memory }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        Snapshot::take(&self.vcpu.fd, &self.msrs)
+    }
+
+    fn tsc(&self) -> u64 {
+        read_msrs(&self.vcpu.fd, &[MSR_TSC]).unwrap()[0].data
+    }
+}
+
+#[test]
+fn a_restore_leaves_nothing_of_the_earlier_life() {
+    check(Variant::CountingTimer, None);
+}
+
+#[test]
+fn a_restore_leaves_nothing_of_an_x2apic_and_its_deadline_timer() {
+    check(Variant::DeadlineTimerX2apic, None);
+}
+
+#[test]
+fn a_restore_that_has_to_stop_counters_works_where_there_are_none() {
+    check(Variant::CountingTimer, Some(PmuAbsence::CpuidOnly));
+}
+
+fn check(variant: Variant, pmu_absence: Option<PmuAbsence>) {
+    let machine = Machine::new(pmu_absence);
+    let before = machine.snapshot();
+
+    dirty(&machine.vcpu.fd, variant, machine.xcr0, machine.mcg_cap);
+    let dirtied = machine.snapshot();
+    let changed: Vec<_> = dirtied.differences(&before).collect();
+    println!("{variant:?}: {} registers dirtied", changed.len());
+    for group in GROUPS {
+        let count = changed.iter().filter(|(changed, _)| *changed == group).count();
+        println!("{group}: {count} dirtied");
+        assert!(count > 0, "{group}: nothing is dirty, so the restore would prove nothing");
+    }
+    assert_ne!(dirtied.get("events", "nmi.pending"), "0x0", "the NMI is not queued");
+    print_what_stayed(&machine, &before, &dirtied);
+
+    let tsc = machine.vcpu.zero_tsc().unwrap();
+    machine.vcpu.reset(&machine.power_on, tsc).unwrap();
+    let after = machine.snapshot();
+    let left: Vec<_> = after.differences(&before).map(|(_, difference)| difference).collect();
+    assert!(left.is_empty(), "left of the earlier life:\n{}", left.join("\n"));
+    assert_eq!(after.get("events", "nmi.pending"), "0x0", "the NMI is still queued");
+    let tsc = machine.tsc();
+    assert!(tsc < LATE, "the time stamp counter is at {tsc:#x}");
+}
+
+/// Names what this host's KVM did not let us change, so that nobody takes it for proven.
+fn print_what_stayed(machine: &Machine, before: &Snapshot, dirtied: &Snapshot) {
+    for index in dirt::msrs(machine.mcg_cap).iter().map(|(index, _)| *index) {
+        let (group, name) = (snapshot::msr_group(index), format!("{index:#x}"));
+        if dirtied.get(group, &name) == before.get(group, &name) {
+            println!("not proven here: {group}: {name} is {}", before.get(group, &name));
+        }
+    }
+    for name in ["exception.injected", "interrupt.injected", "interrupt.shadow", "nmi.masked"] {
+        if dirtied.get("events", name) == before.get("events", name) {
+            println!("not proven here: events: {name}");
+        }
+    }
+    if machine.tsc() < LATE {
+        println!("not proven here: the time stamp counter; this KVM shows the host's");
+    }
+}
