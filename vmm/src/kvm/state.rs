@@ -72,9 +72,18 @@ fn unlisted_msrs(mcg_cap: u64) -> impl Iterator<Item = u32> {
 }
 
 /// Everything that is put back as it was read: what KVM lists and what it does not, without what has a step of its own.
+/// Counters that run by themselves: time stamps, and Hyper-V's run time and reference time. No value of theirs can be put
+/// back by writing it.
+fn is_clock(index: u32) -> bool {
+    const HV_VP_RUNTIME: u32 = 0x4000_0010;
+    const HV_TIME_REF_COUNT: u32 = 0x4000_0020;
+    matches!(index, MSR_TSC | HV_VP_RUNTIME | HV_TIME_REF_COUNT)
+}
+
 fn generic_msrs(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
     let is_generic = |index: &u32| {
-        !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE)
+        !is_clock(*index)
+            && *index != MSR_TSC_DEADLINE
             && !pmu::is_pmu_msr(*index)
             && !PV_MSRS.iter().any(|(pv, _)| pv == index)
     };

@@ -92,11 +92,26 @@ fn check(variant: Variant, pmu_absence: Option<PmuAbsence>) {
     let tsc = machine.vcpu.zero_tsc().unwrap();
     machine.vcpu.reset(&machine.power_on, tsc).unwrap();
     let after = machine.snapshot();
-    let left: Vec<_> = after.differences(&before).map(|(_, difference)| difference).collect();
+    let keeps_hwcr = hwcr_cannot_be_cleared(&machine.vcpu.fd);
+    if keeps_hwcr {
+        println!("not proven here: HWCR; KVM before Linux 6.7 takes a write of 0 for nothing");
+    }
+    let left: Vec<_> = after
+        .differences(&before)
+        .map(|(_, difference)| difference)
+        .filter(|difference| !(keeps_hwcr && difference.contains("0xc0010015")))
+        .collect();
     assert!(left.is_empty(), "left of the earlier life:\n{}", left.join("\n"));
     assert_eq!(after.get("events", "nmi.pending"), "0x0", "the NMI is still queued");
     let tsc = machine.tsc();
     assert!(tsc < LATE, "the time stamp counter is at {tsc:#x}");
+}
+
+/// True on a KVM that never gives up `McStatusWrEn` again, whatever is written.
+fn hwcr_cannot_be_cleared(vcpu: &VcpuFd) -> bool {
+    const HWCR: u32 = 0xc001_0015;
+    write_msrs(vcpu, &[entry(&(HWCR, 0))]).unwrap();
+    read_msrs(vcpu, &[HWCR]).unwrap().first().is_some_and(|msr| msr.data != 0)
 }
 
 /// Names what this host's KVM did not let us change, so that nobody takes it for proven.

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 
 use kvm_ioctls::VcpuFd;
 
-use super::super::{MSR_TSC, PV_MSRS, generic_msrs, read_msrs};
+use super::super::{PV_MSRS, generic_msrs, is_clock, read_msrs};
 use super::dirt;
 use crate::kvm::pmu;
 
@@ -96,12 +96,12 @@ impl Snapshot {
     }
 }
 
-/// Every MSR that a reset is answerable for, except the time stamp counter, which runs.
+/// Every MSR that a reset is answerable for, except those that run.
 pub fn all_msrs(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
     let mut all = generic_msrs(listed, mcg_cap);
     all.extend(PV_MSRS.iter().map(|(index, _)| *index));
     all.extend(listed);
-    all.retain(|index| *index != MSR_TSC && !pmu::is_pmu_msr(*index));
+    all.retain(|index| !is_clock(*index) && !pmu::is_pmu_msr(*index));
     // Not left to the code under test: a register that it forgot has to show.
     all.extend(dirt::msrs(mcg_cap).iter().map(|(index, _)| *index));
     all.sort_unstable();
