@@ -3,6 +3,9 @@
 use crate::harness::guest::Guest;
 use crate::harness::{Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir};
 
+/// Registers of the first virtio device.
+const VIRTIO: u32 = 0xd000_0000;
+
 #[track_caller]
 fn boot(guest: &Guest, extra: &[&str]) -> Outcome {
     let dir = temp_dir();
@@ -165,6 +168,42 @@ fn ram_is_the_template_again_after_a_reset() {
         .halt();
     let outcome = boot(&guest, &["--resets", "2"]).expect_status(3);
     assert_eq!(outcome.stdout, "...", "{outcome}");
+}
+
+/// Prints bit 0 of a 32-bit register of the first virtio device: and al, 1; add al, '0'; mov dx, 0x3f8; out dx, al
+fn print_bit(guest: Guest, offset: u32) -> Guest {
+    guest.load(VIRTIO + offset).raw(&[0x24, 1, 0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee])
+}
+
+#[test]
+fn a_driver_reads_what_it_wrote_however_many_writes_wait() {
+    // DeviceFeaturesSel decides which half DeviceFeatures shows; bit 32 is VERSION_1, bit 0 is none of this device.
+    let mut guest = Guest::new();
+    for writes in [0, 1, 2, 3, 168, 169, 170, 171, 400, 401] {
+        guest = (0..writes).fold(guest, |guest, i| guest.store(VIRTIO + 0x14, (i + 1) % 2));
+        guest = print_bit(guest, 0x10);
+    }
+    // Status to FEATURES_OK, then queue 1 alone is ready.
+    for (offset, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x30, 1)] {
+        guest = guest.store(VIRTIO + offset, value);
+    }
+    guest = guest.store(VIRTIO + 0x44, 1).print(" ");
+    for queue in [0, 1, 2] {
+        guest = print_bit(guest.store(VIRTIO + 0x30, queue), 0x44);
+    }
+    let outcome = boot(&guest.power_off(), &[]).expect_status(0);
+    assert_eq!(outcome.stdout, "0101010101 010", "{outcome}");
+}
+
+#[test]
+fn writes_that_wait_do_not_survive_a_reset() {
+    let check = |end: fn(Guest) -> Guest, status| {
+        let guest = print_bit(Guest::new(), 0x10).store(VIRTIO + 0x14, 1);
+        let outcome = boot(&end(guest), &["--resets", "2"]).expect_status(status);
+        assert_eq!(outcome.stdout, "000", "{outcome}");
+    };
+    check(|guest| guest.out(0x64, 0xfe).halt(), 3);
+    check(Guest::triple_fault, 4);
 }
 
 #[test]

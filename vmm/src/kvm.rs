@@ -1,8 +1,9 @@
 //! KVM behind types of our own: the only modules that name the KVM crates.
 //!
 //! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `cpuid` and `pmu` what
-//! the guest may know, `irq` how devices reach it, `host` what this host is.
+//! the guest may know, `irq` how devices reach it, `coalesced` which writes wait, `host` what this host is.
 
+pub mod coalesced;
 pub mod cpuid;
 pub mod host;
 pub mod irq;

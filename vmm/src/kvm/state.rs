@@ -71,7 +71,6 @@ fn unlisted_msrs(mcg_cap: u64) -> impl Iterator<Item = u32> {
         .chain([DEBUG_CONTROL, TSC_AUX, OSVW_LENGTH, OSVW_STATUS])
 }
 
-/// Everything that is put back as it was read: what KVM lists and what it does not, without what has a step of its own.
 /// Counters that run by themselves: time stamps, and Hyper-V's run time and reference time. No value of theirs can be put
 /// back by writing it.
 fn is_clock(index: u32) -> bool {
@@ -80,6 +79,7 @@ fn is_clock(index: u32) -> bool {
     matches!(index, MSR_TSC | HV_VP_RUNTIME | HV_TIME_REF_COUNT)
 }
 
+/// Everything that is put back as it was read: what KVM lists and what it does not, without what has a step of its own.
 fn generic_msrs(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
     let is_generic = |index: &u32| {
         !is_clock(*index)

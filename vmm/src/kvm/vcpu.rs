@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::KvmError;
+use super::coalesced::CoalescedWrites;
 use super::pmu::PmuAbsence;
 use super::state::PowerOnState;
 use super::tsc::TscOffset;
@@ -161,6 +162,11 @@ impl Vcpu {
         wire_local_interrupts(&mut lapic);
         self.fd.set_lapic(&lapic).map_err(KvmError::request("set the local APIC"))?;
         PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu_absence)
+    }
+
+    /// The machine's ring of coalesced writes, at page `number` of each vCPU.
+    pub(super) fn map_coalesced_writes(&self, number: usize) -> Result<CoalescedWrites, KvmError> {
+        CoalescedWrites::map(&self.fd, number)
     }
 
     /// The offset with which the time stamp counter would start at zero now.

@@ -1,14 +1,16 @@
 //! A machine in KVM: memory, interrupt controller, notifications.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_clock_data, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::coalesced::CoalescedWrites;
 use super::host::KvmKind;
 use super::irq::IrqRouter;
 use super::pmu::{self, PmuAbsence, PmuPolicy};
@@ -105,6 +107,31 @@ impl Vm {
         self.fd
             .register_ioevent(fd, &IoEventAddress::Mmio(address), value)
             .map_err(KvmError::request("register an ioeventfd"))
+    }
+
+    /// Lets writes to `ranges` of guest addresses wait instead of leaving guest mode; `None` where KVM cannot. One ring
+    /// serves all vCPUs, and any of them leads to it. Whoever runs a vCPU answers them as soon as it comes back.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn coalesce_writes(
+        &self,
+        vcpu: &Vcpu,
+        ranges: &[Range<u64>],
+    ) -> Result<Option<Arc<CoalescedWrites>>, KvmError> {
+        // The capability's value is the number of the ring's page.
+        let page = self.fd.check_extension_int(Cap::CoalescedMmio);
+        if page <= 0 {
+            return Ok(None);
+        }
+        let writes = vcpu.map_coalesced_writes(page as usize)?;
+        for range in ranges {
+            let len = (range.end - range.start) as u32;
+            self.fd
+                .register_coalesced_mmio(IoEventAddress::Mmio(range.start), len)
+                .map_err(KvmError::request("register coalesced writes"))?;
+        }
+        Ok(Some(Arc::new(writes)))
     }
 
     /// Sets the machine's paravirtual clock to zero, as at power-on.

@@ -21,7 +21,7 @@ use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
 use crate::device::virtio::VirtioDevice;
-use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
+use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY, WRITES_THAT_CAN_WAIT};
 use crate::device::vsock::{GuestCid, Vsock};
 use crate::kvm::host::KvmKind;
 use crate::kvm::vm::Vm;
@@ -48,17 +48,24 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let wake = Arc::new(eventfd()?);
     let mut event_loop = EventLoop::new()?;
     let devices = build_devices(config, &vm, &memory, &mut event_loop)?;
-    let surroundings = Surroundings {
+    let mut surroundings = Surroundings {
         ports: Arc::clone(&devices.ports),
         mmio: Arc::clone(&devices.mmio),
         ioapic: Arc::clone(&devices.ioapic),
         ram: memory.ram().clone(),
+        coalesced: None,
         outbox: outbox.clone(),
         wake: Arc::clone(&wake),
     };
     let mut vcpus = Vec::new();
     for id in 0..vcpu_count {
         let vcpu = vm.create_vcpu(&supported, id, vcpu_count)?;
+        if id == 0 {
+            let ranges = WRITES_THAT_CAN_WAIT.map(|range| {
+                layout::VIRTIO_MMIO_BASE + range.start..layout::VIRTIO_MMIO_BASE + range.end
+            });
+            surroundings.coalesced = vm.coalesce_writes(&vcpu, &ranges)?;
+        }
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence())?;
         let thread = VcpuThread::spawn(vcpu, id, surroundings.clone())
             .map_err(MachineError::host("start a vCPU thread"))?;

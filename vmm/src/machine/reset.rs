@@ -14,7 +14,8 @@ impl Machine {
     /// # Errors
     /// [`MachineError`] if a step fails. The machine is then half of either life and must be dropped.
     pub(super) fn reset(&mut self, cause: Cause, at: Instant) -> Result<(), MachineError> {
-        // 1. Nobody runs guest code, and no exit waits to be completed over restored registers.
+        // 1. Nobody runs guest code, no exit waits to be completed over restored registers, and no write that KVM kept waits
+        //    for an answer: a vCPU gives those before it parks.
         self.park_vcpus();
         self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.

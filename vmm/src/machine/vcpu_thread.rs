@@ -14,6 +14,7 @@ use super::{GuestStuck, Message, NmiOutcome, StuckReason, VcpuStop};
 use crate::bus::{Bus, Effect};
 use crate::device::ioapic::IoApic;
 use crate::kvm::KvmError;
+use crate::kvm::coalesced::CoalescedWrites;
 use crate::kvm::vcpu::{Exit, Vcpu, VcpuCell};
 use crate::memory::GuestRam;
 
@@ -24,6 +25,8 @@ pub(super) struct Surroundings {
     pub mmio: Arc<Bus>,
     pub ioapic: Arc<IoApic>,
     pub ram: GuestRam,
+    /// Writes that KVM kept for later, where it can.
+    pub coalesced: Option<Arc<CoalescedWrites>>,
     pub outbox: Sender<Message>,
     pub wake: Arc<EventFd>,
 }
@@ -263,7 +266,7 @@ impl Runner {
     /// Runs guest code until it needs more than a device.
     fn run(&self, vcpu: &mut Vcpu) -> Pause {
         loop {
-            let effect = match vcpu.run() {
+            let effect = match self.enter(vcpu) {
                 Ok(Exit::Kicked) => return Pause::Kicked,
                 Ok(Exit::TripleFault) => {
                     return Pause::Stop(VcpuStop::Reset(agent_protocol::Cause::Triple));
@@ -289,6 +292,14 @@ impl Runner {
         }
     }
 
+    /// Runs guest code until it needs something. The writes that it made before have been answered then, so accesses keep
+    /// their order, and a vCPU that parks leaves none behind.
+    fn enter<'v>(&self, vcpu: &'v mut Vcpu) -> Result<Exit<'v>, KvmError> {
+        let exit = vcpu.run();
+        self.surroundings.answer_coalesced();
+        exit
+    }
+
     fn stuck(&self, vcpu: &Vcpu, reason: StuckReason) -> Pause {
         let (rip, bytes) = vcpu.bytes_at_rip(&self.surroundings.ram);
         Pause::Stop(VcpuStop::Stuck(GuestStuck { reason, vcpu: self.id, rip, bytes }))
@@ -301,7 +312,7 @@ impl Runner {
         const MOST_FRAGMENTS: u32 = 4;
         self.cell.request_exit();
         for _ in 0..MOST_FRAGMENTS {
-            if vcpu.run()? == Exit::Kicked {
+            if self.enter(vcpu)? == Exit::Kicked {
                 self.cell.allow_entry();
                 return Ok(());
             }
@@ -312,6 +323,15 @@ impl Runner {
 }
 
 impl Surroundings {
+    /// Answers the writes that KVM kept for later. They have no effect beyond their device, or they would not wait.
+    fn answer_coalesced(&self) {
+        if let Some(writes) = &self.coalesced {
+            writes.answer_all(|address, data| {
+                self.mmio.write(address, data);
+            });
+        }
+    }
+
     /// Answers an access of the guest.
     fn answer(&self, access: Exit<'_>) -> Effect {
         match access {

@@ -3,6 +3,7 @@
 //! The driver is not trusted. A write that the specification forbids in the current state is ignored and counted; it can
 //! confuse nobody but the guest.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,6 +29,10 @@ const VENDOR: u32 = 0x4c53_4c43;
 
 /// Offset of the register whose writes notify a queue.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// Offsets of registers whose writes nobody sees before the next read or another write: features, and a queue's selection,
+/// size, readiness and addresses. Not among them: the notification, the status, and the acknowledgement of interrupts,
+/// which would take back an interrupt that came after it was written.
+pub const WRITES_THAT_CAN_WAIT: [Range<u64>; 2] = [0x014..0x048, 0x080..0x0a8];
 const CONFIG_SPACE: u64 = 0x100;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;

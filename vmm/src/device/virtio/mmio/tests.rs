@@ -170,6 +170,25 @@ fn a_broken_device_says_so_until_it_is_reset() {
 }
 
 #[test]
+fn writes_that_can_wait_reach_no_device() {
+    let mut mmio = mmio();
+    for status in [0, 1, 3, 11, 15] {
+        write(&mut mmio, 0x70, status);
+        let activations = mmio.device.activations.len();
+        for offset in WRITES_THAT_CAN_WAIT.into_iter().flatten().step_by(4) {
+            for value in [0, 1, 0x1000, u32::MAX] {
+                write(&mut mmio, offset, value);
+            }
+        }
+        assert_eq!(mmio.device.activations.len(), activations, "status {status}");
+        assert_eq!((mmio.device.kicks.len(), mmio.device.resets), (0, 0), "status {status}");
+    }
+    for offset in [QUEUE_NOTIFY, 0x064, 0x070, CONFIG_SPACE] {
+        assert!(!WRITES_THAT_CAN_WAIT.iter().any(|range| range.contains(&offset)), "{offset:#x}");
+    }
+}
+
+#[test]
 fn junk_in_registers_hurts_nobody() {
     let mut mmio = mmio();
     for offset in 0..0x200 {
