@@ -176,9 +176,6 @@ fn machine() -> String {
     let cpuinfo = read("/proc/cpuinfo");
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("?");
     let cpus = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
-    let kvm = vmm::kvm::host::KvmKind::detect();
-    format!(
-        "{model}, {cpus} CPUs, Linux {}, KVM: {kvm:?}",
-        read("/proc/sys/kernel/osrelease").trim()
-    )
+    let host = &run_json(&[])["host"];
+    format!("{model}, {cpus} CPUs, Linux {}, KVM: {}", host["kernel"], host["kvm"])
 }

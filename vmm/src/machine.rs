@@ -31,7 +31,7 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
-use crate::kvm::host::HostInfo;
+use crate::kvm::host::{HostInfo, KvmKind};
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
@@ -263,6 +263,7 @@ pub struct Handle {
 /// What is needed to describe the host; asked for only after the launch, since it takes time.
 struct HostInfoSource {
     kvm: Arc<Kvm>,
+    kind: KvmKind,
     pmu_absence: PmuAbsence,
 }
 
@@ -325,7 +326,12 @@ impl Handle {
 
     /// What this host is.
     pub fn host_info(&self) -> HostInfo {
-        HostInfo::read(&self.host.kvm)
+        HostInfo::read(&self.host.kvm, self.host.kind)
+    }
+
+    /// What runs the guest.
+    pub fn kvm_kind(&self) -> KvmKind {
+        self.host.kind
     }
 
     /// What made the guest's PMU absent.

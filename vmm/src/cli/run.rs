@@ -13,7 +13,6 @@ use clap::Args;
 use super::{Error, exit};
 use crate::boot::Payload;
 use crate::device::console::ConsoleOutput;
-use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
 use crate::machine::{self, Config, ResetPolicy};
@@ -144,7 +143,7 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<ExitCode, E
         nmis: arguments.nmi,
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: KvmKind::detect() };
+    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
     let mut judge = Judge::new(expectations);
     let mut output = Output::new(arguments.json, plan.resets);
     let led = lifecycle::lead(&machine, &plan, started, |life| {

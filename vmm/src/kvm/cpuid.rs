@@ -50,14 +50,15 @@ pub fn is_amd(cpuid: &CpuId) -> bool {
     matches!(Leaf::get(cpuid, 0, 0).ebx, AUTH | HYGO)
 }
 
-/// What this KVM can give any guest under `policy`, before the differences between vCPUs.
+/// What this KVM can give any guest under `policy`, before the differences between vCPUs, and which kind of KVM it is.
 ///
 /// # Errors
 /// [`KvmError::Request`] if KVM does not tell.
-pub fn supported(kvm: &Kvm, kind: KvmKind, policy: PmuPolicy) -> Result<CpuId, KvmError> {
+pub fn supported(kvm: &Kvm, policy: PmuPolicy) -> Result<(CpuId, KvmKind), KvmError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::request("get the supported CPUID"))?;
+    let kind = KvmKind::of_vendor(is_amd(&cpuid));
     let deadline_timer = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
     for entry in cpuid.as_mut_slice() {
         if entry.function == 1 {
@@ -74,7 +75,7 @@ pub fn supported(kvm: &Kvm, kind: KvmKind, policy: PmuPolicy) -> Result<CpuId, K
     if policy == PmuPolicy::Off {
         pmu::hide(&mut cpuid);
     }
-    Ok(cpuid)
+    Ok((cpuid, kind))
 }
 
 /// `supported` as the vCPU `id` of `count` sees it: its APIC number, and cores of one thread each in one package.

@@ -30,16 +30,13 @@ impl KvmKind {
         }
     }
 
-    /// Tells by the vendor module, which is listed whether it is loaded or built in. Costs two look-ups in sysfs.
-    pub fn detect() -> Self {
-        let module = |name: &str| Path::new("/sys/module").join(name).exists();
-        if module("kvm_amd") {
-            Self::Svm
-        } else if module("kvm_intel") {
-            Self::Vmx
-        } else {
-            Self::Software
-        }
+    /// Tells by the module of the processor's vendor, which is listed whether it is loaded or built in.
+    pub(super) fn of_vendor(is_amd: bool) -> Self {
+        let (module, kind) = match is_amd {
+            true => ("/sys/module/kvm_amd", Self::Svm),
+            false => ("/sys/module/kvm_intel", Self::Vmx),
+        };
+        if Path::new(module).exists() { kind } else { Self::Software }
     }
 }
 
@@ -59,12 +56,12 @@ pub struct HostInfo {
 }
 
 impl HostInfo {
-    /// Asks the kernel.
-    pub fn read(kvm: &Kvm) -> Self {
+    /// Asks the kernel; the kind of KVM is known from the launch.
+    pub fn read(kvm: &Kvm, kind: KvmKind) -> Self {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         Self {
             kernel,
-            kvm: KvmKind::detect(),
+            kvm: kind,
             enable_pmu: module_flag("enable_pmu"),
             cap_212: pmu::disable_capability(kvm),
             ignore_msrs: module_flag("ignore_msrs"),

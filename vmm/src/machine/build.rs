@@ -40,8 +40,7 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let kvm = Arc::new(kvm::open()?);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
-    let kind = KvmKind::detect();
-    let supported = cpuid::supported(&kvm, kind, config.pmu)?;
+    let (supported, kind) = cpuid::supported(&kvm, config.pmu)?;
     let Built { vm, memory, entry } = build_vm(config, &kvm, kind, vcpu_count)?;
 
     let (outbox, inbox) = channel();
@@ -71,7 +70,7 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
-    let host = HostInfoSource { kvm, pmu_absence: vm.pmu_absence() };
+    let host = HostInfoSource { kvm, kind, pmu_absence: vm.pmu_absence() };
     let (events_out, events) = channel();
     let machine = Machine {
         vcpus,
@@ -88,7 +87,8 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     start(machine, event_loop, outbox, events, host)
 }
 
-/// Moves the machine onto its event loop's thread.
+/// Lets the machine run and moves it onto its event loop's thread. The guest starts at once: what it wants meanwhile waits
+/// in eventfds.
 fn start(
     machine: Machine,
     event_loop: EventLoop,
@@ -96,6 +96,7 @@ fn start(
     events: std::sync::mpsc::Receiver<super::Event>,
     host: HostInfoSource,
 ) -> Result<Handle, MachineError> {
+    machine.run_vcpus();
     let wake = Arc::clone(&machine.wake);
     let vsock = Arc::clone(&machine.devices.vsock);
     let connector = vsock.lock().expect("nobody else has seen the device").device.connector();

@@ -108,7 +108,6 @@ impl MutEventSubscriber for MachineEvents {
     fn init(&mut self, ops: &mut EventOps) {
         watch(ops, &*self.machine.wake);
         watch(ops, &self.signals);
-        self.machine.run_vcpus();
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
