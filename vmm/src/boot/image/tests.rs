@@ -35,18 +35,21 @@ fn segment(paddr: u64, memsz: u64) -> Elf64_Phdr {
     }
 }
 
+/// Expects `bytes` to be recognized, or refused with a problem that contains these words.
+#[track_caller]
+fn check(bytes: Vec<u8>, expected: Result<Kind, &str>) {
+    let found = inspect(&mut Cursor::new(&bytes), &ram());
+    match (&found, expected) {
+        (Ok(found), Ok(expected)) => assert_eq!(*found, expected),
+        (Err(problem), Err(part)) => {
+            assert!(problem.contains(part), "{problem:?} lacks {part:?}")
+        }
+        _ => panic!("{found:?} instead of {expected:?}"),
+    }
+}
+
 #[test]
 fn a_file_is_recognized_or_refused_with_its_problem() {
-    let check = |bytes: Vec<u8>, expected: Result<Kind, &str>| {
-        let found = inspect(&mut Cursor::new(&bytes), &ram());
-        match (&found, expected) {
-            (Ok(found), Ok(expected)) => assert_eq!(*found, expected),
-            (Err(problem), Err(part)) => {
-                assert!(problem.contains(part), "{problem:?} lacks {part:?}")
-            }
-            _ => panic!("{found:?} instead of {expected:?}"),
-        }
-    };
     let good = segment(1 << 20, 0x1000);
     check(elf(good, |_| {}), Ok(Kind::Elf));
     check(vec![], Err("is empty"));
@@ -88,16 +91,6 @@ fn bzimage(len: usize, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
 
 #[test]
 fn a_bzimage_is_checked_for_length_entry_and_room() {
-    let check = |bytes: Vec<u8>, expected: Result<Kind, &str>| {
-        let found = inspect(&mut Cursor::new(&bytes), &ram());
-        match (&found, expected) {
-            (Ok(found), Ok(expected)) => assert_eq!(*found, expected),
-            (Err(problem), Err(part)) => {
-                assert!(problem.contains(part), "{problem:?} lacks {part:?}")
-            }
-            _ => panic!("{found:?} instead of {expected:?}"),
-        }
-    };
     check(bzimage(4096, |_| {}), Ok(Kind::BzImage));
     check(bzimage(4096, |b| b[0x236] = 0), Err("64-bit entry point"));
     check(bzimage(4096, |b| b[0x207] = 1), Err("64-bit entry point"));
