@@ -7,7 +7,7 @@ use std::process::Child;
 
 use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
 
-use crate::harness::{cleanslate, finish, signal, temp_dir};
+use crate::harness::{cleanslate, eventually, finish, signal, temp_dir};
 
 /// A machine that is kept running for clients of its socket.
 struct Held {
@@ -154,5 +154,55 @@ fn a_reset_drops_open_connections() {
     }
     let (mut stream, _) = connect(&machine.path, AGENT_PORT);
     assert_eq!(receive::<Hello>(&mut stream).life, 2);
+    machine.end();
+}
+
+#[test]
+fn announcements_of_long_frames_do_not_exhaust_the_agent() {
+    let machine = Held::start();
+    let mut idle = Vec::new();
+    for _ in 0..60 {
+        let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+        receive::<Hello>(&mut stream);
+        // The prefix of the longest frame, and nothing behind it.
+        let prefix = (frame::MAX_PAYLOAD as u32).to_le_bytes();
+        stream.get_mut().write_all(&prefix).unwrap();
+        idle.push(stream);
+    }
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    let bytes = vec![7; 200_000];
+    assert!(ask(&mut stream, &Request::Echo(bytes.clone())) == Reply::Echo(bytes));
+    machine.end();
+}
+
+#[test]
+fn a_client_that_stops_reading_costs_nothing_and_is_served_when_it_reads_again() {
+    const REQUESTS: usize = 30;
+    let machine = Held::start();
+    let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut stream);
+    let request = Request::Echo((0..128 * 1024).map(|i| (i % 251) as u8).collect());
+    let mut writer = stream.get_ref().try_clone().unwrap();
+    let bytes = frame::encode(&request).unwrap();
+    let writes =
+        std::thread::spawn(move || (0..REQUESTS).for_each(|_| writer.write_all(&bytes).unwrap()));
+    // Everything is full once the machine does nothing any more: two looks a moment apart see the same processor time.
+    let stat = format!("/proc/{}/stat", machine.child.id());
+    let ticks = || {
+        let stat = std::fs::read_to_string(&stat).unwrap();
+        let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    eventually("the machine is idle", || {
+        let before = ticks();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        ticks() == before
+    });
+    for _ in 0..REQUESTS {
+        let Reply::Echo(bytes) = receive(&mut stream) else { panic!("not an echo") };
+        assert!(Request::Echo(bytes) == request, "the bytes changed");
+    }
+    writes.join().unwrap();
     machine.end();
 }

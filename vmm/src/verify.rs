@@ -2,7 +2,7 @@
 
 mod dmesg;
 
-use agent_protocol::{Cause, PmuStatus, Report};
+use agent_protocol::{Cause, MsrReading, PmuStatus, Report};
 use serde::Serialize;
 
 use crate::kvm::host::KvmKind;
@@ -171,6 +171,11 @@ fn check_tsc(report: &Report, add: &mut Add) {
 }
 
 fn check_pmu(policy: PmuPolicy, report: &Report, add: &mut Add) {
+    // Where no counter is idle, the boot check cannot tell a PMU that is not there from one that runs away.
+    let running = report.pmu.msrs.iter().find_map(|msr| Some((msr.index, running(msr)?)));
+    if let (Some((msr, value)), false) = (running, is_corrupted(report)) {
+        add("pmu-corrupted", format!("MSR {msr:x} was {value:x} before the kernel touched it"));
+    }
     match (&report.pmu.status, policy) {
         (PmuStatus::BrokenBios { msr, value }, _) => {
             add("pmu-corrupted", format!("MSR {msr:x} was {value:x} before the kernel touched it"));
@@ -191,6 +196,25 @@ fn check_pmu(policy: PmuPolicy, report: &Report, add: &mut Add) {
     }
 }
 
+fn is_corrupted(report: &Report) -> bool {
+    matches!(report.pmu.status, PmuStatus::BrokenBios { .. })
+}
+
+/// The value of an event-select register that has its counter enabled (bit 22; for Intel's fixed counters either of the two
+/// enable bits of a nibble).
+fn running(msr: &MsrReading) -> Option<u64> {
+    const ENABLED: u64 = 1 << 22;
+    const FIXED_ENABLED: u64 = 0x3333_3333_3333_3333;
+    let value = msr.value?;
+    let enabled = match msr.index {
+        0x186..=0x18d | 0xc001_0000..=0xc001_0003 => value & ENABLED,
+        0xc001_0200..=0xc001_020b if msr.index.is_multiple_of(2) => value & ENABLED,
+        0x38d => value & FIXED_ENABLED,
+        _ => 0,
+    };
+    (enabled != 0).then_some(value)
+}
+
 fn check_nmis(report: &Report, add: &mut Add) {
     let nmi = &report.nmi;
     let reasons: Vec<String> = nmi.records.iter().map(|r| format!("{:02x}", r.reason)).collect();
@@ -208,7 +232,7 @@ fn check_nmis(report: &Report, add: &mut Add) {
             "unknown-nmi" => nmi.unknown > 0,
             "serr-nmi" => nmi.serr > 0,
             "iochk-nmi" => nmi.iochk > 0,
-            "pmu-corrupted" => matches!(report.pmu.status, PmuStatus::BrokenBios { .. }),
+            "pmu-corrupted" => is_corrupted(report),
             _ => false,
         };
         if !counted {

@@ -134,9 +134,12 @@ impl Agent {
 
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
-        self.nmi_account.claim(before);
         gate::send_self_nmi();
-        wait_until(|| records::nmi_count() != before)
+        let delivered = wait_until(|| records::nmi_count() != before);
+        if delivered {
+            self.nmi_account.claim(before);
+        }
+        delivered
     }
 
     /// Comes back only if the reset did not happen.

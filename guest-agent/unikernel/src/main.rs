@@ -81,10 +81,10 @@ fn serve(mut device: VsockDevice, mut agent: Agent) -> ! {
             if listener.has_connections() {
                 agent.finish_boot();
             }
-            while listener.serve(&mut agent) {
-                device.send(&mut listener)?;
-            }
-            device.send(&mut listener)
+            // Until neither has anything to do: a reply that leaves makes room for the next request, and nobody would
+            // wake us for one that is here already.
+            while listener.serve(&mut agent) | device.send(&mut listener)? {}
+            Ok(())
         });
         if round.is_err() {
             agent.log(Level::Error, "virtio_vsock: the device broke a ring".into());

@@ -42,25 +42,21 @@ impl NmiAccount {
                 continue;
             }
             let reason = record.reason;
-            if reason & REASON_SERR != 0 {
-                lines.push(format!(
-                    "NMI: PCI system error (SERR) for reason {reason:02x} on CPU 0."
-                ));
+            let text = if reason & REASON_SERR != 0 {
+                format!("NMI: PCI system error (SERR) for reason {reason:02x} on CPU 0.")
             } else if reason & REASON_IOCHK != 0 {
-                let text = "NMI: IOCK error (debug interrupt?) for reason";
-                lines.push(format!("{text} {reason:02x} on CPU 0."));
+                format!("NMI: IOCK error (debug interrupt?) for reason {reason:02x} on CPU 0.")
             } else {
-                let text = "Uhhuh. NMI received for unknown reason";
-                lines.push(format!("{text} {reason:02x} on CPU 0."));
-            }
+                format!("Uhhuh. NMI received for unknown reason {reason:02x} on CPU 0.")
+            };
+            lines.push((record.tsc, text));
             if reason & REASON_SERR != 0 || reason & REASON_IOCHK == 0 {
-                lines.push("Dazed and confused, but trying to continue".into());
+                let text = "Dazed and confused, but trying to continue";
+                lines.push((record.tsc, text.into()));
             }
         }
-        let first = self.logged as usize;
         self.logged = recorded.records.len() as u32;
-        let tsc = recorded.records.get(first).map_or(0, |record| record.tsc);
-        lines.into_iter().map(|line| (tsc, line)).collect()
+        lines
     }
 
     /// The counts. A claimed NMI counts as that alone, whatever its reason byte said.

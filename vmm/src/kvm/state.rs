@@ -125,6 +125,9 @@ impl PowerOnState {
         let msrs = read_msrs(vcpu, &generic_msrs(listed, mcg_cap))?;
         let has_feature_control = msrs.iter().any(|msr| msr.index == MSR_FEATURE_CONTROL);
         let offered = |(index, _): &&(u32, u64)| listed.contains(index);
+        let pmu = pmu_writes(vcpu, cpuid, pmu_absence)?;
+        // The first life starts as every later one does: KVM before Linux 6.12 leaves the global enables at zero.
+        write_msrs(vcpu, &pmu)?;
         Ok(Self {
             regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
@@ -143,7 +146,7 @@ impl PowerOnState {
                 .collect(),
             msrs,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
-            pmu: pmu_writes(vcpu, cpuid, pmu_absence)?,
+            pmu,
         })
     }
 

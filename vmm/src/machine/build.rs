@@ -46,6 +46,9 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
     let mut event_loop = EventLoop::new()?;
+    // Before there is a socket's file that a signal could leave behind.
+    let signals =
+        interrupt_signals().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))?;
     let devices = build_devices(config, &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
         ports: Arc::clone(&devices.ports),
@@ -84,7 +87,7 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
         wake: Arc::clone(&wake),
         events: events_out,
     };
-    start(machine, event_loop, outbox, events, host)
+    start(machine, event_loop, signals, outbox, events, host)
 }
 
 /// Lets the machine run and moves it onto its event loop's thread. The guest starts at once: what it wants meanwhile waits
@@ -92,18 +95,18 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
 fn start(
     machine: Machine,
     event_loop: EventLoop,
+    signals: UnixStream,
     commands: Sender<Message>,
     events: std::sync::mpsc::Receiver<super::Event>,
     host: HostInfoSource,
 ) -> Result<Handle, MachineError> {
-    machine.run_vcpus();
     let wake = Arc::clone(&machine.wake);
     let vsock = Arc::clone(&machine.devices.vsock);
     let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
     let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
-    let signals =
-        interrupt_signals().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))?;
+    // From here on the vCPUs may hold any device.
+    machine.run_vcpus();
     let thread = std::thread::Builder::new()
         .name("event-loop".into())
         .spawn(move || event_loop.run(machine, signals))

@@ -160,10 +160,12 @@ impl Machine {
         self.kept.pop_front().or_else(|| self.inbox.try_recv().ok())
     }
 
-    /// Drops what parked vCPUs have said: it belongs to the life that is over. Commands stay.
+    /// Drops what parked vCPUs have said: it belongs to the life that is over. Commands stay, and failures of the host.
     pub(super) fn forget_vcpu_stops(&mut self) {
-        let is_command = |message: &Message| matches!(message, Message::Command(_));
-        self.kept = std::iter::from_fn(|| self.next_message()).filter(is_command).collect();
+        let stays = |message: &Message| {
+            matches!(message, Message::Command(_) | Message::VcpuStopped(_, VcpuStop::Failed(_)))
+        };
+        self.kept = std::iter::from_fn(|| self.next_message()).filter(stays).collect();
     }
 
     fn handle_vcpu_stop(&mut self, at: Instant, stop: VcpuStop) -> Option<Stop> {

@@ -110,22 +110,28 @@ impl VcpuThread {
         }
     }
 
-    /// Waits until the vCPU is parked and has no exit to complete. One kick gets it out of guest code for certain; the
-    /// repetitions are for a thread that is about to block elsewhere, on a console that nobody reads.
+    /// Waits until the vCPU is parked and has no exit to complete.
     pub fn wait_parked(&self) {
+        drop(self.wait_kicking(self.control.lock(), |state| state.parked));
+    }
+
+    /// Waits until the thread has done what it was kicked for. One kick gets a vCPU out of guest code for certain; the
+    /// repetitions are for a thread that is about to block elsewhere, on a console that nobody reads.
+    fn wait_kicking<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        done: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
         const KICK_AGAIN: Duration = Duration::from_millis(20);
-        let mut state = self.control.lock();
-        while !state.parked {
+        while !done(&state) && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             let waited = self.control.changed.wait_timeout(state, KICK_AGAIN);
             let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = guard;
-            if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
-                return;
-            }
-            if timeout.timed_out() && !state.parked {
+            if timeout.timed_out() && !done(&state) {
                 self.kick();
             }
         }
+        state
     }
 
     /// The parked vCPU.
@@ -137,10 +143,8 @@ impl VcpuThread {
     pub fn inject_nmi(&self) -> NmiOutcome {
         self.control.lock().nmi = NmiOrder::Queue;
         self.kick();
-        let mut state = self.control.lock();
-        while state.nmi == NmiOrder::Queue && !state.parked {
-            state = self.control.wait(state);
-        }
+        let done = |state: &State| state.nmi != NmiOrder::Queue || state.parked;
+        let mut state = self.wait_kicking(self.control.lock(), done);
         match std::mem::replace(&mut state.nmi, NmiOrder::None) {
             NmiOrder::Done(outcome) => outcome,
             // It parked instead: its machine is about to be reset or to end.
@@ -214,9 +218,10 @@ impl Runner {
                     Err(error) => VcpuStop::Failed(error),
                 };
                 drop(vcpu);
+                // In this order: whoever finds the vCPU parked finds its message too, and a reset drops it.
+                let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
                 self.park_itself();
-                let message = Message::VcpuStopped(at, stop);
-                if self.surroundings.outbox.send(message).is_ok() {
+                if sent.is_ok() {
                     let _ = self.surroundings.wake.write(1);
                 }
             }

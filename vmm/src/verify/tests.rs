@@ -108,6 +108,22 @@ fn a_reset_that_changes_the_machine_is_found() {
 }
 
 #[test]
+fn counters_that_all_run_are_found_though_the_boot_check_says_absent() {
+    let check = |index, value, expected: &[&str]| {
+        let lives = [life(1, Cause::PowerOn, |r| {
+            r.pmu.msrs.push(MsrReading { index, value: Some(value) });
+        })];
+        assert_eq!(names(PmuPolicy::Off, &lives), expected, "{index:x} = {value:x}");
+    };
+    check(0xc001_0200, 0x53_0076, &["pmu-corrupted"]);
+    check(0xc001_0003, 0x53_0076, &["pmu-corrupted"]);
+    check(0x186, 1 << 22, &["pmu-corrupted"]);
+    check(0x38d, 0x20, &["pmu-corrupted"]);
+    check(0xc001_0201, 0x53_0076, &[]);
+    check(0xc001_0200, 0x13_0076, &[]);
+}
+
+#[test]
 fn a_counter_that_kept_its_value_is_found_though_it_does_not_run() {
     let counter = |value| MsrReading { index: 0xc001_0201, value: Some(value) };
     let lives = [

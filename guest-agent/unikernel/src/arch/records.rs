@@ -38,12 +38,13 @@ struct RawNmi {
 
 unsafe extern "C" {
     static boot_record: BootRecord;
-    static irq_count: u32;
-    static fatal_vector: u32;
-    static exception_records: [RawException; 32];
-    static nmi_total: u32;
-    static nmi_by_reason: [u32; 4];
-    static nmi_records: [RawNmi; NMI_RECORDS];
+    // Ring 0 changes these while Rust runs, so they are not immutable.
+    static mut irq_count: u32;
+    static mut fatal_vector: u32;
+    static mut exception_records: [RawException; 32];
+    static mut nmi_total: u32;
+    static mut nmi_by_reason: [u32; 4];
+    static mut nmi_records: [RawNmi; NMI_RECORDS];
 }
 
 /// Reads something that an interrupt may change at any time.

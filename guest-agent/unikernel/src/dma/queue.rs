@@ -156,15 +156,15 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
         Ok(Self { slots, busy: [false; SIZE] })
     }
 
-    /// Sends as long as there is a free buffer and `write` fills it (returning how much). Returns whether the device
-    /// wants to be told.
+    /// Sends as long as there is a free buffer and `write` fills it (returning how much). Returns `None` if nothing was
+    /// sent, else whether the device wants to be told.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
     pub fn send(
         &mut self,
         mut write: impl FnMut(&mut [u8]) -> Option<usize>,
-    ) -> core::result::Result<bool, BrokenQueue> {
+    ) -> core::result::Result<Option<bool>, BrokenQueue> {
         while let Some(Posted { slot, .. }) = self.slots.pop(false)? {
             self.busy[usize::from(slot)] = false;
         }
@@ -176,7 +176,7 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
             self.busy[slot] = true;
             sent = true;
         }
-        Ok(sent && self.slots.should_notify())
+        Ok(sent.then(|| self.slots.should_notify()))
     }
 
     /// What the device has to know of the queue.

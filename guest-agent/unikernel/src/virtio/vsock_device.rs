@@ -106,7 +106,9 @@ impl VsockDevice {
         agent: &mut impl Answer,
     ) -> Result<(), BrokenQueue> {
         let mut event = None;
-        while let Some(id) = self.events.take(|bytes| bytes.first_chunk().copied())? {
+        // Taken buffers are posted again at once, so the host could go on for ever.
+        for _ in 0..EVENTS {
+            let Some(id) = self.events.take(|bytes| bytes.first_chunk().copied())? else { break };
             event = id.map(u32::from_le_bytes);
         }
         if event.is_some() {
@@ -129,15 +131,16 @@ impl VsockDevice {
         Ok(())
     }
 
-    /// Sends what the listener has to send, as far as there are free buffers.
+    /// Sends what the listener has to send, as far as there are free buffers. Returns whether that was anything.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
-    pub fn send(&mut self, listener: &mut Listener) -> Result<(), BrokenQueue> {
-        if self.to_host.send(|buffer| listener.next_packet(buffer))? {
+    pub fn send(&mut self, listener: &mut Listener) -> Result<bool, BrokenQueue> {
+        let sent = self.to_host.send(|buffer| listener.next_packet(buffer))?;
+        if sent == Some(true) {
             self.transport.notify(TO_HOST);
         }
-        Ok(())
+        Ok(sent.is_some())
     }
 
     /// Returns when there is something to do: polls for a while, then sleeps.

@@ -57,7 +57,10 @@ impl Connection {
     /// Takes over the credit that any packet of the host carries.
     pub fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), CreditError> {
         self.credit.update(buf_alloc, fwd_cnt)?;
-        self.credit_requested = false;
+        // A host without room will say so when it has some; asking on would never end.
+        if self.credit.peer_free() > 0 {
+            self.credit_requested = false;
+        }
         Ok(())
     }
 
@@ -79,9 +82,9 @@ impl Connection {
         self.host_done = true;
     }
 
-    /// Bytes of memory that the connection's data take.
+    /// Bytes of memory that the connection's data take, reserved ones included.
     pub fn held(&self) -> usize {
-        self.inbox.len() + self.outbox.len()
+        self.inbox.capacity() + self.outbox.capacity()
     }
 
     /// Answers what has come in, unless a reply is still waiting for credit: then the host has to wait as well.

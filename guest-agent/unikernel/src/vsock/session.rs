@@ -5,6 +5,9 @@ use alloc::vec::Vec;
 
 use agent_protocol::{Hello, Reply, Request, frame};
 
+/// Memory that an idle connection may keep, in bytes.
+const SMALL: usize = 4096;
+
 /// Who answers the host.
 pub trait Answer {
     /// The greeting for a new connection.
@@ -36,8 +39,10 @@ pub(super) fn answer_frames(
         }
     }
     inbox.drain(..at);
-    if let Some(total) = frame::total_len(inbox)? {
-        inbox.reserve_exact(total.saturating_sub(inbox.len()));
+    // A prefix alone is no reason to reserve anything, but an impossible one is known at once.
+    frame::total_len(inbox)?;
+    if inbox.is_empty() && inbox.capacity() > SMALL {
+        *inbox = Vec::new();
     }
     Ok(outbox)
 }
