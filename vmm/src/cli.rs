@@ -3,7 +3,6 @@
 mod agent;
 mod run;
 
-use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -47,7 +46,7 @@ pub type Error = Box<dyn std::error::Error>;
 ///
 /// # Errors
 /// Wrong usage that only shows when tried, and failures of the host.
-pub fn main(started: Instant) -> Result<ExitCode, Error> {
+pub fn main(started: Instant) -> Result<u8, Error> {
     match Arguments::parse().command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Agent(arguments) => agent::main(arguments),

@@ -1,21 +1,30 @@
 //! The `cleanslate` program: turns errors into one line and an exit status, and knows when the process began.
+//!
+//! It is the C library's `main`: the standard library's own would look for the main thread's stack in /proc and prepare to
+//! report its overflow, for the main thread and for each other one, a twentieth of the whole launch.
+
+#![no_main]
 
 use std::io::Write;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-fn main() -> ExitCode {
+/// Called by the C library, which the standard library has its arguments from as well.
+// SAFETY: the program has no other `main`, and this is the signature that the C library expects.
+#[unsafe(no_mangle)]
+extern "C" fn main(_count: i32, _arguments: *const *const u8) -> i32 {
     let started = process_start();
-    vmm::memory::prepare_heap();
-    vmm::cli::main(started).unwrap_or_else(|error| {
+    vmm::memory::prepare_process();
+    let status = vmm::cli::main(started).unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "cleanslate: {}", vmm::lifecycle::chain(&*error));
-        vmm::cli::exit::USAGE_OR_HOST.into()
-    })
+        vmm::cli::exit::USAGE_OR_HOST
+    });
+    // Not a return: this writes what is left in the standard library's buffers.
+    std::process::exit(status.into())
 }
 
-/// When the process began: as long ago as the processor time that it has used, which the dynamic linker and the kernel's part
+/// When the process began: as long ago as the processor time that it has used, which the C library and the kernel's part
 /// of `exec` spend before `main`. (The start time in /proc has a resolution of 10 ms.)
 fn process_start() -> Instant {
     let now = Instant::now();

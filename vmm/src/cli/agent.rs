@@ -3,11 +3,10 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::Error;
+use super::{Error, exit};
 
 /// Get the guest agent out of this program
 #[derive(Debug, Args)]
@@ -38,10 +37,10 @@ struct WriteError {
     source: io::Error,
 }
 
-pub(super) fn main(arguments: Arguments) -> Result<ExitCode, Error> {
+pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
     let Command::Export { path } = arguments.command;
     match write_new(&path, images::AGENT) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
+        Ok(()) => Ok(exit::CLEAN),
         Err(source) => Err(WriteError { path, source }.into()),
     }
 }

@@ -4,7 +4,6 @@ mod guest;
 mod output;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
@@ -132,7 +131,7 @@ impl Arguments {
     }
 }
 
-pub(super) fn main(arguments: Arguments, started: Instant) -> Result<ExitCode, Error> {
+pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> {
     let machine = machine::launch(&arguments.config())?;
     if arguments.kernel.is_some() {
         return guest::follow(&machine);
@@ -157,7 +156,7 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<ExitCode, E
             return match error {
                 LifecycleError::Interrupted => {
                     eprintln!("cleanslate: interrupted");
-                    Ok(exit::INTERRUPTED.into())
+                    Ok(exit::INTERRUPTED)
                 }
                 error => Err(error.into()),
             };
@@ -168,5 +167,5 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<ExitCode, E
     if arguments.hold {
         return guest::hold(&machine, status);
     }
-    Ok(status.into())
+    Ok(status)
 }

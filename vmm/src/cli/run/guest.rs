@@ -1,6 +1,5 @@
 //! Follows a machine without an agent of ours, or one that is kept running, to its end.
 
-use std::process::ExitCode;
 use std::time::Duration;
 
 use agent_protocol::Cause;
@@ -9,26 +8,26 @@ use crate::cli::{Error, exit};
 use crate::machine::{Event, Handle, Stop};
 
 /// Waits for the end of a guest of the user's and says how it came.
-pub(super) fn follow(machine: &Handle) -> Result<ExitCode, Error> {
+pub(super) fn follow(machine: &Handle) -> Result<u8, Error> {
     let (words, status) = describe(wait(machine))?;
     eprintln!("cleanslate: {words}");
     let offences = machine.guest_stats().offences();
     if !offences.is_empty() {
         eprintln!("cleanslate: the guest broke rules: {}", offences.join(", "));
     }
-    Ok(status.into())
+    Ok(status)
 }
 
 /// Keeps the machine running for clients until somebody ends it. Then the verdict's `status` stands, unless the guest
 /// ended first.
-pub(super) fn hold(machine: &Handle, status: u8) -> Result<ExitCode, Error> {
+pub(super) fn hold(machine: &Handle, status: u8) -> Result<u8, Error> {
     eprintln!("cleanslate: the machine keeps running; Ctrl-C ends it");
     match wait(machine) {
-        Stop::Interrupted => Ok(status.into()),
+        Stop::Interrupted => Ok(status),
         stop => {
             let (words, status) = describe(stop)?;
             eprintln!("cleanslate: {words}");
-            Ok(status.into())
+            Ok(status)
         }
     }
 }
