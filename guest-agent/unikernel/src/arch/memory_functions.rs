@@ -59,10 +59,9 @@ unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, len: usize) -> i3
     for at in 0..len {
         // SAFETY: `at` is below the length that the caller vouches for. Volatile, or the compiler would make this loop
         // a call of memcmp.
-        let (left, right) =
-            unsafe { (left.add(at).read_volatile(), right.add(at).read_volatile()) };
-        if left != right {
-            return i32::from(left) - i32::from(right);
+        let (l, r) = unsafe { (left.add(at).read_volatile(), right.add(at).read_volatile()) };
+        if l != r {
+            return i32::from(l) - i32::from(r);
         }
     }
     0

@@ -14,7 +14,7 @@ const RING_PAGES: usize = 6;
 #[repr(C, align(4096))]
 struct RingPages(UnsafeCell<[[u8; PAGE_SIZE]; RING_PAGES]>);
 
-// SAFETY: nothing here reads or writes the pages; `dma_alloc` gives each to one queue.
+// SAFETY: `dma_alloc` alone touches the pages, each once, before it gives it to one queue.
 unsafe impl Sync for RingPages {}
 
 #[unsafe(link_section = ".bss.large.rings")]
@@ -63,22 +63,26 @@ unsafe impl Hal for AgentHal {
         (start.as_ptr() as PhysAddr, start)
     }
 
+    // SAFETY: asks nothing of its caller, since nothing is given back.
     unsafe fn dma_dealloc(_: PhysAddr, _: NonNull<u8>, _: usize) -> i32 {
         // Queues live as long as the machine; a dropped one (failed setup) only wastes its pages.
         0
     }
 
+    // SAFETY: asks nothing of its caller, since it never returns.
     unsafe fn mmio_phys_to_virt(address: PhysAddr, _: usize) -> NonNull<u8> {
         // For PCI alone, which the agent does not drive.
         unreachable!("no PCI device, but {address:#x}")
     }
 
+    // SAFETY: the caller keeps the buffer valid until `unshare`; nothing here looks into it.
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
         let in_order = TRACKER.0.borrow_mut().hand_over(span(buffer, direction));
         debug_assert!(in_order, "{:?}", report().violations);
         buffer.cast::<u8>().as_ptr() as PhysAddr
     }
 
+    // SAFETY: as for `share`.
     unsafe fn unshare(_: PhysAddr, buffer: NonNull<[u8]>, direction: BufferDirection) {
         TRACKER.0.borrow_mut().hand_back(span(buffer, direction));
     }
