@@ -10,7 +10,8 @@ mod pvh;
 
 use std::fs::File;
 use std::io::{self, Cursor, Seek};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
@@ -31,6 +32,71 @@ pub enum Payload {
         /// An initial RAM disk.
         initrd: Option<PathBuf>,
     },
+}
+
+/// A payload whose files are open: what a confined process can load.
+#[derive(Debug)]
+pub enum Image {
+    /// The embedded guest agent.
+    Agent,
+    /// A kernel of the user's.
+    Kernel {
+        /// The kernel.
+        kernel: ImageFile,
+        /// An initial RAM disk.
+        initrd: Option<ImageFile>,
+    },
+}
+
+/// An open file, and how the user calls it.
+#[derive(Debug)]
+pub struct ImageFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl Payload {
+    /// Opens the files. What is in them is looked at by [`load`] alone.
+    ///
+    /// # Errors
+    /// [`BootError::Read`].
+    pub fn open(&self) -> Result<Image, BootError> {
+        match self {
+            Self::Agent => Ok(Image::Agent),
+            Self::Kernel { kernel, initrd } => Ok(Image::Kernel {
+                kernel: ImageFile::open("kernel", kernel)?,
+                initrd: match initrd {
+                    Some(path) => Some(ImageFile::open("initrd", path)?),
+                    None => None,
+                },
+            }),
+        }
+    }
+}
+
+impl ImageFile {
+    /// Opens a regular file. A directory opens well and fails late, a FIFO blocks: neither is a kernel.
+    fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        let opened = std::fs::metadata(path).and_then(|metadata| match metadata.is_file() {
+            true => File::open(path),
+            false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+        });
+        match opened {
+            Ok(file) => Ok(Self { file, path: path.into() }),
+            Err(source) => Err(BootError::Read { what, path: path.into(), source }),
+        }
+    }
+}
+
+impl Image {
+    /// The open files.
+    pub fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let (kernel, initrd) = match self {
+            Self::Agent => (None, None),
+            Self::Kernel { kernel, initrd } => (Some(kernel), initrd.as_ref()),
+        };
+        kernel.into_iter().chain(initrd).map(|image| image.file.as_fd())
+    }
 }
 
 /// Why a payload cannot be booted. All are the user's to mend, except where a source says otherwise.
@@ -82,46 +148,26 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
-/// Loads `payload` with its command line into `ram` for a machine with `vcpus` processors.
+/// Loads `image` with its command line into `ram` for a machine with `vcpus` processors.
 ///
 /// # Errors
 /// [`BootError`].
 pub fn load(
     ram: &GuestRam,
-    payload: &Payload,
+    image: Image,
     command_line: &str,
     vcpus: u8,
 ) -> Result<Entry, BootError> {
     write_command_line(ram, command_line)?;
     acpi::write(ram, vcpus)?;
-    match payload {
-        Payload::Agent => {
+    match image {
+        Image::Agent => {
             let mut image = Cursor::new(images::AGENT);
             load_image(ram, PathBuf::from("guest agent"), &mut image, None)
         }
-        Payload::Kernel { kernel, initrd } => {
-            let open = |what, path: &PathBuf| {
-                open_file(path).map_err(|source| BootError::Read {
-                    what,
-                    path: path.clone(),
-                    source,
-                })
-            };
-            let mut image = open("kernel", kernel)?;
-            let initrd = match initrd {
-                Some(path) => Some(Initrd { file: open("initrd", path)?, path: path.clone() }),
-                None => None,
-            };
-            load_image(ram, kernel.clone(), &mut image, initrd)
+        Image::Kernel { kernel: ImageFile { mut file, path }, initrd } => {
+            load_image(ram, path, &mut file, initrd)
         }
-    }
-}
-
-/// Opens a regular file. A directory opens well and fails late, a FIFO blocks: neither is a kernel.
-fn open_file(path: &PathBuf) -> io::Result<File> {
-    match std::fs::metadata(path)?.is_file() {
-        true => File::open(path),
-        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
     }
 }
 
@@ -146,11 +192,6 @@ pub fn write_command_line(ram: &GuestRam, text: &str) -> Result<(), BootError> {
     Ok(ram.write_obj(0u8, GuestAddress(layout::COMMAND_LINE + text.len() as u64))?)
 }
 
-struct Initrd {
-    file: File,
-    path: PathBuf,
-}
-
 /// Where an initrd lies in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct InitrdRange {
@@ -162,7 +203,7 @@ fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
     ram: &GuestRam,
     path: PathBuf,
     file: &mut F,
-    initrd: Option<Initrd>,
+    initrd: Option<ImageFile>,
 ) -> Result<Entry, BootError> {
     let refuse = |problem: String| BootError::Kernel { path: path.clone(), problem };
     let kind = image::inspect(file, ram).map_err(refuse)?;
@@ -194,11 +235,11 @@ fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
 /// Puts the initrd as high as it may lie, page-aligned, out of the unpacking kernel's way.
 fn load_initrd(
     ram: &GuestRam,
-    initrd: Initrd,
+    initrd: ImageFile,
     kernel_end: u64,
     limit: u64,
 ) -> Result<InitrdRange, BootError> {
-    let Initrd { mut file, path } = initrd;
+    let ImageFile { mut file, path } = initrd;
     let read_error =
         |path: &PathBuf, source| BootError::Read { what: "initrd", path: path.clone(), source };
     let bytes = file.metadata().map_err(|e| read_error(&path, e))?.len();

@@ -14,6 +14,7 @@ pub mod vcpu;
 pub mod vm;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 pub use kvm_ioctls::Kvm;
 
@@ -82,4 +83,10 @@ pub fn open() -> Result<Kvm, KvmError> {
         12 => Ok(kvm),
         version => Err(KvmError::Version(version)),
     }
+}
+
+/// The descriptor of `/dev/kvm`.
+pub fn descriptor(kvm: &Kvm) -> BorrowedFd<'_> {
+    // SAFETY: `kvm` owns the descriptor and stays borrowed as long as what is returned.
+    unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) }
 }

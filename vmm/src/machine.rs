@@ -6,7 +6,9 @@
 mod build;
 mod config;
 mod event_loop;
+mod interrupts;
 mod reset;
+mod resources;
 mod vcpu_thread;
 
 use std::collections::VecDeque;
@@ -22,6 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use build::launch;
 pub use config::{Config, ConfigError, GUEST_CID, ResetPolicy};
+pub use interrupts::Interrupts;
+pub use resources::Resources;
 
 use crate::boot::BootError;
 use crate::bus::{Bus, Shared};
@@ -31,11 +35,11 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
+use crate::kvm::KvmError;
 use crate::kvm::host::{HostInfo, KvmKind};
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Kvm, KvmError};
 use crate::memory::{Memory, MemoryError};
 use vcpu_thread::VcpuThread;
 
@@ -256,13 +260,13 @@ pub struct Handle {
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
-    host: HostInfoSource,
+    host: Host,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What is needed to describe the host; asked for only after the launch, since it takes time.
-struct HostInfoSource {
-    kvm: Arc<Kvm>,
+/// What the host is.
+struct Host {
+    info: HostInfo,
     kind: KvmKind,
     pmu_absence: PmuAbsence,
 }
@@ -325,8 +329,8 @@ impl Handle {
     }
 
     /// What this host is.
-    pub fn host_info(&self) -> HostInfo {
-        HostInfo::read(&self.host.kvm, self.host.kind)
+    pub fn host_info(&self) -> &HostInfo {
+        &self.host.info
     }
 
     /// What runs the guest.

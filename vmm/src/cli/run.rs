@@ -14,7 +14,7 @@ use crate::boot::Payload;
 use crate::device::console::ConsoleOutput;
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
-use crate::machine::{self, Config, ResetPolicy};
+use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
 use crate::verify::{Expectations, Judge};
 use output::{Output, Summary};
 
@@ -132,7 +132,11 @@ impl Arguments {
 }
 
 pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> {
-    let machine = machine::launch(&arguments.config())?;
+    let config = arguments.config();
+    // Before there is a socket's file that a signal could leave behind.
+    let interrupts = Interrupts::catch()?;
+    let (resources, _socket_file) = Resources::open(&config)?;
+    let machine = machine::launch(&config, resources, interrupts)?;
     if arguments.kernel.is_some() {
         return guest::follow(&machine);
     }

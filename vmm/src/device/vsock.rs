@@ -22,7 +22,6 @@ mod traffic;
 mod unix;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +34,7 @@ use self::packet::HEADER_LEN;
 pub use self::packet::{GuestCid, GuestPort, HostPort};
 use self::ring::{BrokenRing, Ring};
 pub use self::stats::VsockStats;
-pub use self::unix::VsockError;
+pub use self::unix::{Listener, SocketFile, VsockError};
 use super::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::memory::GuestRam;
 
@@ -79,21 +78,21 @@ enum Pause {
 }
 
 impl Vsock {
-    /// A device for the guest `cid`. With a `path`, clients reach the guest through a socket there, and the guest
-    /// reaches the host's port N at `path` with `_N` appended; without one, only [`Vsock::connector`] connects.
+    /// A device for the guest `cid`. With a `listener`, clients reach the guest through it, and the guest reaches the
+    /// host's port N at its path with `_N` appended; without one, only [`Vsock::connector`] connects.
     ///
     /// # Errors
-    /// The path is in use or too long, or the system refuses a socket or descriptor.
-    pub fn new(cid: GuestCid, path: Option<&Path>) -> Result<Self, VsockError> {
-        Self::with_patience(cid, path, PATIENCE)
+    /// [`VsockError::Events`] if the system refuses a descriptor.
+    pub fn new(cid: GuestCid, listener: Option<Listener>) -> Result<Self, VsockError> {
+        Self::with_patience(cid, listener, PATIENCE)
     }
 
     fn with_patience(
         cid: GuestCid,
-        path: Option<&Path>,
+        listener: Option<Listener>,
         patience: Duration,
     ) -> Result<Self, VsockError> {
-        Ok(Self { host: Host::new(cid, path, patience)?, guest: None, needs_reset: false })
+        Ok(Self { host: Host::new(cid, listener, patience)?, guest: None, needs_reset: false })
     }
 
     /// A handle that opens connections to the guest from any thread.

@@ -4,7 +4,7 @@ use kvm_bindings::{CpuId, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, kvm
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::KvmError;
-use super::host::KvmKind;
+use super::host::{KvmKind, Module};
 use super::pmu::{self, PmuPolicy};
 
 /// AMD's feature leaf.
@@ -54,11 +54,15 @@ pub fn is_amd(cpuid: &CpuId) -> bool {
 ///
 /// # Errors
 /// [`KvmError::Request`] if KVM does not tell.
-pub fn supported(kvm: &Kvm, policy: PmuPolicy) -> Result<(CpuId, KvmKind), KvmError> {
+pub fn supported(
+    kvm: &Kvm,
+    module: Module,
+    policy: PmuPolicy,
+) -> Result<(CpuId, KvmKind), KvmError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::request("get the supported CPUID"))?;
-    let kind = KvmKind::of_vendor(is_amd(&cpuid));
+    let kind = module.kind(is_amd(&cpuid));
     let deadline_timer = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
     for entry in cpuid.as_mut_slice() {
         if entry.function == 1 {

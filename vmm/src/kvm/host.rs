@@ -29,14 +29,37 @@ impl KvmKind {
             Self::Software => "KVM without hardware virtualization",
         }
     }
+}
+
+/// What the kernel's files say about KVM. Read before the process is confined: a jail has no such files.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    has_amd: bool,
+    has_intel: bool,
+    /// Module parameter `kvm.enable_pmu`; none on kernels before 5.17.
+    pub enable_pmu: Option<bool>,
+    /// Module parameter `kvm.ignore_msrs`.
+    pub ignore_msrs: Option<bool>,
+}
+
+impl Module {
+    /// Reads them. A file that is not there is an answer too.
+    pub fn read() -> Self {
+        Self {
+            has_amd: Path::new("/sys/module/kvm_amd").exists(),
+            has_intel: Path::new("/sys/module/kvm_intel").exists(),
+            enable_pmu: flag("enable_pmu"),
+            ignore_msrs: flag("ignore_msrs"),
+        }
+    }
 
     /// Tells by the module of the processor's vendor, which is listed whether it is loaded or built in.
-    pub(super) fn of_vendor(is_amd: bool) -> Self {
-        let (module, kind) = match is_amd {
-            true => ("/sys/module/kvm_amd", Self::Svm),
-            false => ("/sys/module/kvm_intel", Self::Vmx),
-        };
-        if Path::new(module).exists() { kind } else { Self::Software }
+    pub(super) fn kind(&self, is_amd: bool) -> KvmKind {
+        match is_amd {
+            true if self.has_amd => KvmKind::Svm,
+            false if self.has_intel => KvmKind::Vmx,
+            _ => KvmKind::Software,
+        }
     }
 }
 
@@ -57,20 +80,20 @@ pub struct HostInfo {
 
 impl HostInfo {
     /// Asks the kernel; the kind of KVM is known from the launch.
-    pub fn read(kvm: &Kvm, kind: KvmKind) -> Self {
+    pub fn new(kvm: &Kvm, kind: KvmKind, module: Module) -> Self {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         Self {
             kernel,
             kvm: kind,
-            enable_pmu: module_flag("enable_pmu"),
+            enable_pmu: module.enable_pmu,
             cap_212: pmu::disable_capability(kvm),
-            ignore_msrs: module_flag("ignore_msrs"),
+            ignore_msrs: module.ignore_msrs,
         }
     }
 }
 
 /// A Y/N parameter of the kvm module.
-pub(super) fn module_flag(name: &str) -> Option<bool> {
+fn flag(name: &str) -> Option<bool> {
     let text = fs::read_to_string(Path::new("/sys/module/kvm/parameters").join(name)).ok()?;
     match text.trim() {
         "Y" | "1" => Some(true),

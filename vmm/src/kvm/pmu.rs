@@ -4,8 +4,9 @@ use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enabl
 use kvm_ioctls::{Kvm, VmFd};
 use serde::Serialize;
 
+use super::KvmError;
 use super::cpuid::{AMD_EXTENDED_FEATURES, Leaf, is_amd};
-use super::{KvmError, host};
+use super::host::Module;
 
 /// `--pmu`: which performance counters a guest gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -52,10 +53,15 @@ pub fn disable_capability(kvm: &Kvm) -> i32 {
 ///
 /// # Errors
 /// [`KvmError::NoPmu`] if a PMU is wanted and this KVM gives none, [`KvmError::Request`] if disabling it fails.
-pub fn apply(kvm: &Kvm, vm: &VmFd, policy: PmuPolicy) -> Result<PmuAbsence, KvmError> {
+pub fn apply(
+    kvm: &Kvm,
+    vm: &VmFd,
+    module: Module,
+    policy: PmuPolicy,
+) -> Result<PmuAbsence, KvmError> {
     let can_disable = disable_capability(kvm) & KVM_PMU_CAP_DISABLE as i32 != 0;
     match policy {
-        PmuPolicy::Host if host::module_flag("enable_pmu") == Some(false) => Err(KvmError::NoPmu),
+        PmuPolicy::Host if module.enable_pmu == Some(false) => Err(KvmError::NoPmu),
         PmuPolicy::Host => Ok(PmuAbsence::NotAbsent),
         PmuPolicy::Off if can_disable => {
             let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
@@ -64,9 +70,7 @@ pub fn apply(kvm: &Kvm, vm: &VmFd, policy: PmuPolicy) -> Result<PmuAbsence, KvmE
             Ok(PmuAbsence::Capability)
         }
         // 0 is ambiguous: an old kernel, or a module without PMU. Only the parameter tells.
-        PmuPolicy::Off if host::module_flag("enable_pmu") == Some(false) => {
-            Ok(PmuAbsence::ModuleParameter)
-        }
+        PmuPolicy::Off if module.enable_pmu == Some(false) => Ok(PmuAbsence::ModuleParameter),
         PmuPolicy::Off => Ok(PmuAbsence::CpuidOnly),
     }
 }

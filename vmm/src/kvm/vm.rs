@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::coalesced::CoalescedWrites;
-use super::host::KvmKind;
+use super::host::{KvmKind, Module};
 use super::irq::IrqRouter;
 use super::pmu::{self, PmuAbsence, PmuPolicy};
 use super::vcpu::Vcpu;
@@ -34,6 +34,7 @@ impl Vm {
     /// [`KvmError`] naming the request.
     pub fn new(
         kvm: &Kvm,
+        module: Module,
         kind: KvmKind,
         memory: &Memory,
         policy: PmuPolicy,
@@ -69,7 +70,7 @@ impl Vm {
             fd.set_tss_address(layout::KVM_TSS as usize)
                 .map_err(KvmError::request("set the TSS address"))?;
         }
-        let pmu_absence = pmu::apply(kvm, &fd, policy)?;
+        let pmu_absence = pmu::apply(kvm, &fd, module, policy)?;
         Ok(Self { fd: Arc::new(fd), pmu_absence })
     }
 

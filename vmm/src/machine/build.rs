@@ -1,20 +1,18 @@
 //! Builds a machine and lets it run.
 
 use std::collections::VecDeque;
-use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::Cause;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::event_loop::{EventLoop, VirtioEvents};
 use super::vcpu_thread::{Surroundings, VcpuThread};
-use super::{Config, Devices, GUEST_CID, Handle, HostInfoSource, Machine, MachineError, Message};
-use crate::boot;
+use super::{
+    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+};
+use crate::boot::{self, Image};
 use crate::bus::{Bus, Shared};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
@@ -22,34 +20,35 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY, WRITES_THAT_CAN_WAIT};
-use crate::device::vsock::{GuestCid, Vsock};
-use crate::kvm::host::KvmKind;
+use crate::device::vsock::{GuestCid, Listener, Vsock};
+use crate::kvm::host::{HostInfo, KvmKind, Module};
 use crate::kvm::vm::Vm;
-use crate::kvm::{self, Kvm, cpuid};
+use crate::kvm::{Kvm, cpuid};
 use crate::layout::{self, Entry};
 use crate::memory::{Memory, Template};
 
-/// Status of a process that a signal ended, as shells give it for SIGINT.
-const EXIT_INTERRUPTED: i32 = 130;
-
-/// Builds the machine of `config` and starts its first life.
+/// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
+/// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
+/// no guest code ran before.
 ///
 /// # Errors
 /// [`MachineError`]; nothing is left behind.
-pub fn launch(config: &Config) -> Result<Handle, MachineError> {
-    let kvm = Arc::new(kvm::open()?);
+pub fn launch(
+    config: &Config,
+    resources: Resources,
+    interrupts: Interrupts,
+) -> Result<Handle, MachineError> {
+    let Resources { kvm, module, image, listener } = resources;
+    let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
-    let (supported, kind) = cpuid::supported(&kvm, config.pmu)?;
-    let Built { vm, memory, entry } = build_vm(config, &kvm, kind, vcpu_count)?;
+    let (supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
 
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
     let mut event_loop = EventLoop::new()?;
-    // Before there is a socket's file that a signal could leave behind.
-    let signals =
-        interrupt_signals().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))?;
-    let devices = build_devices(config, &vm, &memory, &mut event_loop)?;
+    let devices = build_devices(config, listener, &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
         ports: Arc::clone(&devices.ports),
         mmio: Arc::clone(&devices.mmio),
@@ -73,7 +72,8 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
-    let host = HostInfoSource { kvm, kind, pmu_absence: vm.pmu_absence() };
+    let host =
+        Host { info: HostInfo::new(&kvm, kind, module), kind, pmu_absence: vm.pmu_absence() };
     let (events_out, events) = channel();
     let machine = Machine {
         vcpus,
@@ -87,7 +87,7 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
         wake: Arc::clone(&wake),
         events: events_out,
     };
-    start(machine, event_loop, signals, outbox, events, host)
+    start(machine, event_loop, interrupts, outbox, events, host)
 }
 
 /// Lets the machine run and moves it onto its event loop's thread. The guest starts at once: what it wants meanwhile waits
@@ -95,10 +95,10 @@ pub fn launch(config: &Config) -> Result<Handle, MachineError> {
 fn start(
     machine: Machine,
     event_loop: EventLoop,
-    signals: UnixStream,
+    interrupts: Interrupts,
     commands: Sender<Message>,
     events: std::sync::mpsc::Receiver<super::Event>,
-    host: HostInfoSource,
+    host: Host,
 ) -> Result<Handle, MachineError> {
     let wake = Arc::clone(&machine.wake);
     let vsock = Arc::clone(&machine.devices.vsock);
@@ -109,7 +109,7 @@ fn start(
     machine.run_vcpus();
     let thread = std::thread::Builder::new()
         .name("event-loop".into())
-        .spawn(move || event_loop.run(machine, signals))
+        .spawn(move || event_loop.run(machine, interrupts))
         .map_err(MachineError::host("start the event loop's thread"))?;
     Ok(Handle {
         commands,
@@ -131,30 +131,23 @@ struct Built {
     entry: Entry,
 }
 
-fn build_vm(config: &Config, kvm: &Kvm, kind: KvmKind, vcpus: u8) -> Result<Built, MachineError> {
+fn build_vm(
+    config: &Config,
+    image: Image,
+    kvm: &Kvm,
+    (module, kind): (Module, KvmKind),
+    vcpus: u8,
+) -> Result<Built, MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
-    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
-        boot::load(ram, &config.payload, &command_line, vcpus)
-    })?;
+    let (template, entry) =
+        Template::build(config.mem_mib << 20, |ram| boot::load(ram, image, &command_line, vcpus))?;
     let memory = Memory::map(&template)?;
-    let vm = Vm::new(kvm, kind, &memory, config.pmu)?;
+    let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })
 }
 
 fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
-}
-
-/// A stream that becomes readable when a signal asks the process to end. A second such signal ends it on the spot.
-fn interrupt_signals() -> std::io::Result<UnixStream> {
-    let (reader, writer) = UnixStream::pair()?;
-    let asked_before = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked_before))?;
-        flag::register(signal, Arc::clone(&asked_before))?;
-        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
-    }
-    Ok(reader)
 }
 
 fn guest_cid() -> GuestCid {
@@ -164,12 +157,13 @@ fn guest_cid() -> GuestCid {
 /// Makes the devices, puts them on their buses and into the event loop.
 fn build_devices(
     config: &Config,
+    listener: Option<Listener>,
     vm: &Vm,
     memory: &Memory,
     event_loop: &mut EventLoop,
 ) -> Result<Devices, MachineError> {
     let ioapic = Arc::new(IoApic::new(Box::new(vm.irq_router())));
-    let vsock = build_vsock(config, vm, memory, &ioapic, event_loop)?;
+    let vsock = build_vsock(listener, vm, memory, &ioapic, event_loop)?;
     let serial_pin = Pin::new(&ioapic, layout::SERIAL_PIN);
     let console = Arc::new(Mutex::new(Console::new(serial_pin, config.console)));
     let nmi_status = Arc::<Mutex<NmiStatus>>::default();
@@ -192,13 +186,13 @@ fn build_devices(
 
 /// Makes the vsock device: its notifications go to the event loop, its interrupts to the I/O APIC.
 fn build_vsock(
-    config: &Config,
+    listener: Option<Listener>,
     vm: &Vm,
     memory: &Memory,
     ioapic: &Arc<IoApic>,
     event_loop: &mut EventLoop,
 ) -> Result<Shared<Mmio<Vsock>>, MachineError> {
-    let vsock = Vsock::new(guest_cid(), config.vsock_path.as_deref())?;
+    let vsock = Vsock::new(guest_cid(), listener)?;
     let backend = vsock.backend_fd();
     let queues =
         vsock.queue_max_sizes().iter().map(|_| eventfd()).collect::<Result<Vec<_>, _>>()?;

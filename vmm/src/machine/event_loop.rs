@@ -1,8 +1,6 @@
 //! The event loop: what wakes it and what it does then. Runs on a thread of its own and owns the machine.
 
-use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -11,7 +9,9 @@ use agent_protocol::Cause;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Command, Event, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop};
+use super::{
+    Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
+};
 use crate::bus::Shared;
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::Mmio;
@@ -38,9 +38,9 @@ impl EventLoop {
     }
 
     /// Serves `machine` until it stops.
-    pub fn run(mut self, machine: Machine, signals: UnixStream) {
+    pub fn run(mut self, machine: Machine, interrupts: Interrupts) {
         let (stopped, events) = (Arc::clone(&self.stopped), machine.events.clone());
-        self.manager.add_subscriber(Box::new(MachineEvents { machine, signals, stopped }));
+        self.manager.add_subscriber(Box::new(MachineEvents { machine, interrupts, stopped }));
         while !self.stopped.load(Ordering::Relaxed) {
             if let Err(error) = self.manager.run() {
                 // An interrupted wait is no error; anything else would repeat for ever.
@@ -100,20 +100,19 @@ impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
 /// The machine in its own event loop: messages from vCPUs and the handle, and signals.
 struct MachineEvents {
     machine: Machine,
-    signals: UnixStream,
+    interrupts: Interrupts,
     stopped: Arc<AtomicBool>,
 }
 
 impl MutEventSubscriber for MachineEvents {
     fn init(&mut self, ops: &mut EventOps) {
         watch(ops, &*self.machine.wake);
-        watch(ops, &self.signals);
+        watch(ops, &self.interrupts);
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let stop = if events.fd() == self.signals.as_raw_fd() {
-            // The byte says no more than that a signal came.
-            let _ = self.signals.read(&mut [0; 16]);
+        let stop = if events.fd() == self.interrupts.as_raw_fd() {
+            self.interrupts.take();
             Some(Stop::Interrupted)
         } else {
             let _ = self.machine.wake.read();

@@ -22,7 +22,7 @@ const MOST_ROWS: u32 = 24;
 pub(super) struct Summary<'a> {
     verdict: &'static str,
     findings: &'a [Finding],
-    host: HostInfo,
+    host: &'a HostInfo,
     pmu: Pmu,
     guest: GuestStats,
     /// Findings that this host cannot show, with the reason.
@@ -48,7 +48,7 @@ impl Pmu {
 }
 
 impl<'a> Summary<'a> {
-    pub fn new(machine: &Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
+    pub fn new(machine: &'a Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
         Self {
             verdict: if findings.is_empty() { "clean" } else { "findings" },
             findings,
@@ -151,7 +151,7 @@ impl Output {
         for Finding { name, life, detail } in summary.findings {
             let _ = writeln!(text, "finding in life {life}: {name}: {detail}");
         }
-        let HostInfo { kernel, kvm, .. } = &summary.host;
+        let HostInfo { kernel, kvm, .. } = summary.host;
         let _ = writeln!(text, "host: Linux {kernel}, {}; {}", kvm.name(), summary.pmu.words());
         let lives = plural(self.lives as usize, "life", "lives");
         let _ = match summary.findings.len() {

@@ -2,7 +2,6 @@
 
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, recv};
@@ -42,9 +41,8 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// Listens at `path`; without one there are never any clients.
-    pub fn new(path: Option<&Path>, poller: &Poller) -> Result<Self, VsockError> {
-        let listener = path.map(Listener::bind).transpose()?;
+    /// Clients of `listener`; without one there are never any.
+    pub fn new(listener: Option<Listener>, poller: &Poller) -> Result<Self, VsockError> {
         if let Some(listener) = &listener {
             poller
                 .add(listener, Token::Listener, Interest::READABLE)

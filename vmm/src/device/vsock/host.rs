@@ -5,7 +5,6 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use super::packet::{ConnectionKey, GuestCid, GuestPort, Header};
 use super::poll::{Event, Interest, Poller, Token};
 use super::stats::VsockStats;
 use super::table::Table;
-use super::unix::VsockError;
+use super::unix::{Listener, VsockError};
 
 /// Sockets, connections, and packets that belong to none.
 #[derive(Debug)]
@@ -37,14 +36,18 @@ pub struct Host {
 }
 
 impl Host {
-    /// Listens at `path`, if there is one.
-    pub fn new(cid: GuestCid, path: Option<&Path>, patience: Duration) -> Result<Self, VsockError> {
+    /// Serves the clients of `listener`, if there is one.
+    pub fn new(
+        cid: GuestCid,
+        listener: Option<Listener>,
+        patience: Duration,
+    ) -> Result<Self, VsockError> {
         let poller = Poller::new().map_err(VsockError::Events)?;
         let inbox = Arc::new(Inbox::new().map_err(VsockError::Events)?);
         poller.add(&inbox, Token::Wake, Interest::READABLE).map_err(VsockError::Events)?;
         Ok(Self {
             cid,
-            clients: Clients::new(path, &poller)?,
+            clients: Clients::new(listener, &poller)?,
             poller,
             inbox,
             table: Table::new(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::packet::{ConnectionKey, GuestPort, Header, HostPort, Op, Shutdown};
 use super::testing::{TempDir, TestDriver};
-use super::{GuestCid, Vsock};
+use super::{GuestCid, Listener, Vsock};
 
 fn cid() -> GuestCid {
     GuestCid::new(3).unwrap()
@@ -25,7 +25,14 @@ fn pathless() -> Vsock {
 
 /// A device that listens at `vsock` in `dir`.
 fn listening(dir: &TempDir) -> Vsock {
-    Vsock::new(cid(), Some(&dir.path("vsock"))).unwrap()
+    Vsock::new(cid(), Some(listener(dir))).unwrap()
+}
+
+/// A listener at `vsock` in `dir`, which takes the socket's file with it in the end.
+fn listener(dir: &TempDir) -> Listener {
+    let (listener, file) = Listener::bind(&dir.path("vsock")).unwrap();
+    std::mem::forget(file);
+    listener
 }
 
 /// A connection between the monitor and the guest: the monitor's stream, and the key.

@@ -52,18 +52,40 @@ pub enum VsockError {
     Events(#[source] io::Error),
 }
 
-/// The listening socket. Removes its file when dropped.
+/// The file of a listening socket. Removed on drop, unless somebody has put another in its place. Apart from the
+/// [`Listener`], since a confined process has the one but must leave the other to whoever started it.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode, to remove that one and no other.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+}
+
+/// The listening socket, and the path next to which host ports have theirs.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
-    /// Device and inode of the socket's file, to remove that one and no other.
-    file: (u64, u64),
 }
 
 impl Listener {
     /// Listens at `path`, which must not exist.
-    pub fn bind(path: &Path) -> Result<Self, VsockError> {
+    ///
+    /// # Errors
+    /// [`VsockError`] but for the last one.
+    pub fn bind(path: &Path) -> Result<(Self, SocketFile), VsockError> {
         let len = path.as_os_str().len();
         if len > MAX_PATH_LEN {
             return Err(VsockError::PathTooLong { path: path.into(), len });
@@ -76,10 +98,15 @@ impl Listener {
         };
         let socket = UnixListener::bind(path).map_err(failed)?;
         let metadata = path.symlink_metadata().map_err(failed)?;
-        let file = (metadata.dev(), metadata.ino());
-        let listener = Self { socket, path: path.into(), file };
-        listener.socket.set_nonblocking(true).map_err(failed)?;
-        Ok(listener)
+        let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
+        socket.set_nonblocking(true).map_err(failed)?;
+        Ok((Self { socket, path: path.into() }, file))
+    }
+
+    /// The same listener in a process that sees the socket's directory as `directory`.
+    pub fn seen_in(self, directory: &Path) -> Self {
+        let name = self.path.file_name().unwrap_or_default();
+        Self { path: directory.join(name), ..self }
     }
 
     /// Takes the next client, if one waits.
@@ -107,12 +134,12 @@ impl AsFd for Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for SocketFile {
     fn drop(&mut self) {
         let ours = self
             .path
             .symlink_metadata()
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.file);
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours {
             // Somebody may have removed it just now: then there is nothing left to do.
             let _ = std::fs::remove_file(&self.path);
@@ -170,7 +197,7 @@ mod tests {
     fn a_path_that_exists_is_refused_and_left_alone() {
         let dir = TempDir::new();
         let path = dir.path("taken");
-        let first = Listener::bind(&path).unwrap();
+        let (first, _file) = Listener::bind(&path).unwrap();
         let error = Listener::bind(&path).unwrap_err();
         assert!(matches!(error, VsockError::PathInUse { .. }));
         assert!(error.to_string().contains("taken") && error.to_string().contains("remove"));
@@ -178,7 +205,6 @@ mod tests {
         drop(first);
 
         // A socket that nobody listens on, and an ordinary file.
-        drop(UnixListener::bind(&path).unwrap());
         assert!(matches!(Listener::bind(&path).unwrap_err(), VsockError::PathInUse { .. }));
         let file = dir.path("file");
         std::fs::write(&file, "precious").unwrap();
@@ -203,15 +229,15 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_file_goes_with_the_listener_unless_somebody_replaced_it() {
+    fn the_socket_file_is_removed_unless_somebody_replaced_it() {
         let dir = TempDir::new();
         let path = dir.path("socket");
         drop(Listener::bind(&path).unwrap());
         assert!(!path.exists());
-        let listener = Listener::bind(&path).unwrap();
+        let (_listener, socket_file) = Listener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "another's").unwrap();
-        drop(listener);
+        drop(socket_file);
         assert_eq!(std::fs::read(&path).unwrap(), b"another's");
     }
 }

@@ -7,6 +7,7 @@ mod snapshot;
 
 use super::*;
 use crate::kvm::cpuid::{self, Leaf};
+use crate::kvm::host::Module;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
@@ -30,10 +31,10 @@ impl Machine {
     /// `pmu_absence` is what the machine is taken for; what it really is, if none.
     fn new(pmu_absence: Option<PmuAbsence>) -> Self {
         let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
-        let (cpuid, kind) = cpuid::supported(&kvm, PmuPolicy::Off).unwrap();
+        let (cpuid, kind) = cpuid::supported(&kvm, Module::read(), PmuPolicy::Off).unwrap();
         let load = |_: &_| Ok::<_, MemoryError>(());
         let memory = Memory::map(&Template::build(4 << 20, load).unwrap().0).unwrap();
-        let vm = Vm::new(&kvm, kind, &memory, PmuPolicy::Off).unwrap();
+        let vm = Vm::new(&kvm, Module::read(), kind, &memory, PmuPolicy::Off).unwrap();
         let vcpu = vm.create_vcpu(&cpuid, 0, 1).unwrap();
         let power_on = vcpu
             .power_on(&kvm, Entry::Pvh { rip: 0x10_0000 }, pmu_absence.unwrap_or(vm.pmu_absence()))

@@ -16,7 +16,7 @@ fn client(dir: &TempDir, bytes: &[u8]) -> UnixStream {
 }
 
 fn impatient(dir: &TempDir) -> Vsock {
-    Vsock::with_patience(cid(), Some(&dir.path("vsock")), Duration::from_millis(50)).unwrap()
+    Vsock::with_patience(cid(), Some(listener(dir)), Duration::from_millis(50)).unwrap()
 }
 
 #[test]

@@ -1,0 +1,52 @@
+//! The signals that ask the process to end.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use super::MachineError;
+
+/// Status of a process that a signal ended, as shells give it for SIGINT.
+const EXIT_INTERRUPTED: i32 = 130;
+
+/// Becomes readable when SIGINT, SIGTERM or SIGHUP asks the process to end. A second such signal ends it on the spot.
+#[derive(Debug)]
+pub struct Interrupts(UnixStream);
+
+impl Interrupts {
+    /// Catches the signals from now on. Whoever makes something that must not stay behind does this first.
+    ///
+    /// # Errors
+    /// [`MachineError::Host`].
+    pub fn catch() -> Result<Self, MachineError> {
+        Self::register().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))
+    }
+
+    fn register() -> io::Result<Self> {
+        let (reader, writer) = UnixStream::pair()?;
+        let asked_before = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, asked_before.clone())?;
+            flag::register(signal, asked_before.clone())?;
+            signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+        }
+        Ok(Self(reader))
+    }
+
+    /// Takes what has come.
+    pub(super) fn take(&mut self) {
+        // The byte says no more than that a signal came.
+        let _ = self.0.read(&mut [0; 16]);
+    }
+}
+
+impl AsRawFd for Interrupts {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}

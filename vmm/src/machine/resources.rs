@@ -1,0 +1,49 @@
+//! What a machine needs of the host, opened by name before the process is confined. Afterwards nothing has a name.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use crate::boot::Image;
+use crate::device::vsock::{Listener, SocketFile};
+use crate::kvm::host::Module;
+use crate::kvm::{self, Kvm};
+
+use super::{Config, MachineError};
+
+/// Open descriptors and what was read from the kernel's files.
+#[derive(Debug)]
+pub struct Resources {
+    pub(super) kvm: Kvm,
+    pub(super) module: Module,
+    pub(super) image: Image,
+    pub(super) listener: Option<Listener>,
+}
+
+impl Resources {
+    /// Opens what `config` names. The second value is the file of the vsock socket, if there is one: whoever keeps it
+    /// removes it in the end.
+    ///
+    /// # Errors
+    /// [`MachineError`] with the name of what cannot be opened.
+    pub fn open(config: &Config) -> Result<(Self, Option<SocketFile>), MachineError> {
+        let kvm = kvm::open()?;
+        let image = config.payload.open()?;
+        let bound = config.vsock_path.as_deref().map(Listener::bind).transpose()?;
+        let (listener, file) = bound.unzip();
+        Ok((Self { kvm, module: Module::read(), image, listener }, file))
+    }
+
+    /// Every descriptor: what a jail has to let through.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut descriptors = vec![kvm::descriptor(&self.kvm)];
+        descriptors.extend(self.image.files());
+        descriptors.extend(self.listener.iter().map(AsFd::as_fd));
+        descriptors
+    }
+
+    /// The same in a process that sees the sockets' directory as `directory`.
+    pub fn with_sockets_in(mut self, directory: &Path) -> Self {
+        self.listener = self.listener.map(|listener| listener.seen_in(directory));
+        self
+    }
+}
