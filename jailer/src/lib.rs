@@ -1,6 +1,35 @@
-//! Confines a process that runs a microVM: namespaces, an empty root, control groups, limits, dropped rights and seccomp
-//! filters.
+//! Confines a process that runs a microVM: namespaces, an empty root, a control group, limits, dropped rights, Landlock.
 //!
-//! Empty for now: nothing in this version is confined, and nothing claims to be.
+//! A [`Jail`] says in plain data what confines; [`Jail::prepare`] starts what has to be ready before, and
+//! [`Prepared::run`] runs a function of the caller's in a process that is confined. Three processes take part:
+//!
+//! - the **caller**, which makes what only it may make, waits, and hands signals on,
+//! - the **jailed** process, a copy of the caller that goes through the list in [`steps`] and then does its work,
+//! - the **janitor** ([`janitor`]), which removes what was made, whichever of the others is killed, and when.
+//!
+//! Nothing is copied and no device node is made: what the jailed process needs of the host reaches it as open descriptors.
+//! Unsafe code is allowed in `sys` and nowhere else.
 
 #![deny(unsafe_code)]
+
+pub mod cgroup;
+pub mod id;
+pub mod jail;
+pub mod janitor;
+pub mod limits;
+pub mod network;
+pub mod root;
+pub mod seccomp;
+pub mod steps;
+#[allow(unsafe_code)]
+mod sys;
+pub mod user;
+
+pub use cgroup::CgroupPlan;
+pub use id::Id;
+pub use jail::{End, Inside, Jail, JailError, Prepared};
+pub use janitor::Janitor;
+pub use limits::ResourceLimit;
+pub use network::Network;
+pub use root::{Mount, Root};
+pub use user::User;
