@@ -1,11 +1,15 @@
 //! The command line. One file for each subcommand; flags become plain data here and touch nothing.
 
 mod agent;
+mod jail;
 mod run;
 
+use std::io::Write;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
+
+use crate::lifecycle::chain;
 
 /// What the process's exit status says.
 pub mod exit {
@@ -41,6 +45,14 @@ enum Command {
 
 /// A failure that ends the program with [`exit::USAGE_OR_HOST`].
 pub type Error = Box<dyn std::error::Error>;
+
+/// The exit status; an error is told in one line first.
+pub fn status(result: Result<u8, Error>) -> u8 {
+    result.unwrap_or_else(|error| {
+        let _ = writeln!(std::io::stderr(), "cleanslate: {}", chain(&*error));
+        exit::USAGE_OR_HOST
+    })
+}
 
 /// Parses the command line and does what it says. `started` is when the process began.
 ///

@@ -1,11 +1,10 @@
-//! The `cleanslate` program: turns errors into one line and an exit status, and knows when the process began.
+//! The `cleanslate` program: knows when the process began.
 //!
 //! It is the C library's `main`: the standard library's own would look for the main thread's stack in /proc and prepare to
 //! report its overflow, for the main thread and for each other one, a twentieth of the whole launch.
 
 #![no_main]
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -16,10 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 extern "C" fn main(_count: i32, _arguments: *const *const u8) -> i32 {
     let started = process_start();
     vmm::memory::prepare_process();
-    let status = vmm::cli::main(started).unwrap_or_else(|error| {
-        let _ = writeln!(std::io::stderr(), "cleanslate: {}", vmm::lifecycle::chain(&*error));
-        vmm::cli::exit::USAGE_OR_HOST
-    });
+    let status = vmm::cli::status(vmm::cli::main(started));
     // Not a return: this writes what is left in the standard library's buffers.
     std::process::exit(status.into())
 }

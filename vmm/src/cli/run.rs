@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::Cause;
 use clap::Args;
 
-use super::{Error, exit};
+use super::{Error, exit, jail};
 use crate::boot::Payload;
 use crate::device::console::ConsoleOutput;
 use crate::kvm::pmu::PmuPolicy;
@@ -95,6 +95,9 @@ pub(super) struct Arguments {
     /// Print one JSON object instead of the table
     #[arg(long, conflicts_with = "kernel")]
     json: bool,
+
+    #[command(flatten)]
+    jail: jail::Arguments,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -132,11 +135,20 @@ impl Arguments {
 }
 
 pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> {
-    let config = arguments.config();
-    // Before there is a socket's file that a signal could leave behind.
-    let interrupts = Interrupts::catch()?;
-    let (resources, _socket_file) = Resources::open(&config)?;
-    let machine = machine::launch(&config, resources, interrupts)?;
+    arguments.jail.run(arguments.config(), |config, resources, interrupts| {
+        lead(&arguments, config, resources, interrupts, started)
+    })
+}
+
+/// Runs the machine to its end, in the process that is made for it.
+fn lead(
+    arguments: &Arguments,
+    config: &Config,
+    resources: Resources,
+    interrupts: Interrupts,
+    started: Instant,
+) -> Result<u8, Error> {
+    let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
         return guest::follow(&machine);
     }

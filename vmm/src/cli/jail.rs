@@ -1,0 +1,171 @@
+//! The jail of a command that runs machines: flags to a [`Jail`], and the work in a process that is in it.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use jailer::cgroup::Setting;
+use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, Root, User};
+
+use super::{Error, status};
+use crate::device::vsock::SocketFile;
+use crate::machine::{Config, Interrupts, MachineError, Resources};
+
+/// Where the jail shows the directory of the vsock socket.
+const SOCKETS: &str = "/sockets";
+
+/// What a machine's process may hold besides guest RAM, in MiB: its program, its heap, its threads' stacks, the kernel's
+/// memory for KVM's tables and for sockets. Far above what it needs, so that only a runaway meets it.
+const MEMORY_BEYOND_RAM_MIB: u64 = 256;
+
+/// Threads besides the vCPUs: main, event loop, and what KVM starts for a machine.
+const THREADS_BEYOND_VCPUS: u64 = 8;
+
+/// Descriptors: 4,000 vsock connections, and what the machine itself holds.
+const DESCRIPTORS: u64 = 8192;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Jail")]
+pub(super) struct Arguments {
+    /// Run the machine in this process, with all its rights: no namespaces, limits or system call filters
+    #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
+    no_jail: bool,
+
+    /// Name of the jail: its control group and its host name [default: cleanslate-PID]
+    #[arg(long, value_name = "ID")]
+    id: Option<Id>,
+
+    /// User of the jailed process: a name, a number, or +NUMBER for one without a name [default: nobody]
+    #[arg(long, value_name = "USER")]
+    uid: Option<String>,
+
+    /// Group of the jailed process [default: the user's]
+    #[arg(long, value_name = "GROUP", requires = "uid")]
+    gid: Option<String>,
+
+    /// Join this network namespace instead of a new, empty one
+    #[arg(long, value_name = "PATH")]
+    netns: Option<PathBuf>,
+
+    /// Write VALUE to FILE of the jail's control group, such as cpuset.cpus=0; may be repeated
+    #[arg(long, value_name = "FILE=VALUE")]
+    cgroup: Vec<Setting>,
+
+    /// Make the control group in this one, a path below each hierarchy's top [default: the one that this process is in]
+    #[arg(long, value_name = "PATH")]
+    parent_cgroup: Option<PathBuf>,
+
+    /// Limit a resource: no-file=NUMBER or fsize=BYTES; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    resource_limit: Vec<ResourceLimit>,
+}
+
+/// Why a jailed process did not get to its end.
+#[derive(Debug, thiserror::Error)]
+enum EndError {
+    #[error("the machine's process made a system call that its filter forbids, and was ended: {0}")]
+    Forbidden(jailer::seccomp::Violation),
+    #[error(
+        "the machine's process was killed: it used more memory than its control group may; allow it more with --cgroup \
+         memory.max=BYTES (memory.limit_in_bytes on hosts with version 1)"
+    )]
+    OutOfMemory,
+    #[error("the machine's process was killed by signal {0}")]
+    Killed(i32),
+}
+
+impl Arguments {
+    /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
+    /// here. Returns what `work` does, as the exit status.
+    pub fn run(
+        &self,
+        config: Config,
+        work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
+    ) -> Result<u8, Error> {
+        if self.no_jail {
+            eprintln!(
+                "cleanslate: --no-jail: the machine runs in this process, with all its rights"
+            );
+            // Before there is a socket's file that a signal could leave behind.
+            let interrupts = Interrupts::catch()?;
+            let (resources, _socket_file) = Resources::open(&config)?;
+            return work(&config, resources, interrupts);
+        }
+        let mut prepared = self.jail(&config)?.prepare()?;
+        for lack in prepared.lacks() {
+            eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
+        }
+        let (resources, _socket_file) = open(&config, prepared.janitor())?;
+        let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
+            let work = || -> Result<u8, Error> {
+                let inside = entered?;
+                let interrupts = Interrupts::catch()?;
+                inside.let_signals_come();
+                work(&config, resources.with_sockets_in(Path::new(SOCKETS)), interrupts)
+            };
+            status(work())
+        })?;
+        match end {
+            End::Exited(status) => Ok(status),
+            End::Forbidden(violation) => Err(EndError::Forbidden(violation).into()),
+            End::OutOfMemory => Err(EndError::OutOfMemory.into()),
+            End::Killed(signal) => Err(EndError::Killed(signal).into()),
+        }
+    }
+
+    fn jail(&self, config: &Config) -> Result<Jail, Error> {
+        let user = match &self.uid {
+            Some(user) => Some(User::find(user, self.gid.as_deref())?),
+            None => None,
+        };
+        let network = match &self.netns {
+            Some(path) => Network::open(path)?,
+            None => Network::New,
+        };
+        let mounts = config
+            .vsock_path
+            .iter()
+            .map(|path| Mount { source: directory_of(path).into(), target: SOCKETS.into() });
+        let vcpus = u64::from(config.vcpus);
+        let limits = [ResourceLimit::NO_CORE, ResourceLimit::descriptors(DESCRIPTORS)];
+        Ok(Jail {
+            id: self.id.clone().unwrap_or_else(Id::of_this_process),
+            user,
+            network,
+            new_pid_namespace: true,
+            root: Root::Empty,
+            mounts: mounts.collect(),
+            cgroup: CgroupPlan {
+                memory_bytes: Some((config.mem_mib.saturating_add(MEMORY_BEYOND_RAM_MIB)) << 20),
+                pids: Some(vcpus + THREADS_BEYOND_VCPUS),
+                cpus: Some(vcpus + 1),
+                settings: self.cgroup.clone(),
+                parent: self.parent_cgroup.clone(),
+            },
+            limits: [&limits[..], &self.resource_limit].concat(),
+            runs_a_program: false,
+        })
+    }
+}
+
+/// Opens what `config` names. The janitor removes the socket's file, whoever is killed.
+fn open(
+    config: &Config,
+    janitor: &mut Janitor,
+) -> Result<(Resources, Option<SocketFile>), MachineError> {
+    let path = config.vsock_path.as_deref();
+    path.iter().for_each(|path| janitor.remove_socket(path));
+    let opened = Resources::open(config);
+    match &opened {
+        Ok((_, Some(file))) => janitor.identify_socket(file.path(), file.identity()),
+        // What is at the path is somebody else's.
+        _ => path.iter().for_each(|path| janitor.forget(path)),
+    }
+    opened
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
