@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, WaitIdStatus};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use crate::cgroup::{Cgroup, CgroupError, CgroupPlan};
 use crate::id::Id;
@@ -129,8 +129,8 @@ impl Jail {
             return Err(JailError::NeedsRoot("becoming another user"));
         }
         let signals = SignalFd::new(&HANDED_ON).map_err(host("wait for signals"))?;
-        let makes_network = !rootless && matches!(self.network, Network::New);
-        let mut janitor = Janitor::start(makes_network).map_err(host("start the janitor"))?;
+        let mut janitor = Janitor::start(self.namespaces_of_janitor(rootless))
+            .map_err(host("start the janitor"))?;
         let mut lacks = Vec::new();
         let cgroup = match Cgroup::make(&self.cgroup, &self.id, &mut janitor) {
             Ok(cgroup) => Some(cgroup),
@@ -147,6 +147,21 @@ impl Jail {
             lacks.push("supplementary groups stay, since only root can drop them".into());
         }
         Ok(Prepared { jail: self, cgroup, rootless, lacks, signals, janitor })
+    }
+}
+
+impl Jail {
+    /// Namespaces that the janitor makes. Without root only the process itself can, in its user namespace.
+    fn namespaces_of_janitor(&self, rootless: bool) -> ThreadNameSpaceType {
+        if rootless {
+            return ThreadNameSpaceType::empty();
+        }
+        let others = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+            | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
+        match self.network {
+            Network::New => others | ThreadNameSpaceType::NETWORK,
+            Network::Join(_) => others,
+        }
     }
 }
 
@@ -211,12 +226,12 @@ impl Prepared {
 
     /// Namespaces that the process is born in (clone(2)).
     fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        let mut flags = libc::CLONE_NEWNS;
         if self.jail.new_pid_namespace || self.rootless {
             flags |= libc::CLONE_NEWPID;
         }
         if self.rootless {
-            flags |= libc::CLONE_NEWUSER;
+            flags |= libc::CLONE_NEWUSER | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
             if matches!(self.jail.network, Network::New) {
                 flags |= libc::CLONE_NEWNET;
             }

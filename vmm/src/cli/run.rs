@@ -15,6 +15,7 @@ use crate::device::console::ConsoleOutput;
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
+use crate::memory;
 use crate::verify::{Expectations, Judge};
 use output::{Output, Summary};
 
@@ -148,6 +149,7 @@ fn lead(
     interrupts: Interrupts,
     started: Instant,
 ) -> Result<u8, Error> {
+    memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
         return guest::follow(&machine);
