@@ -1,7 +1,9 @@
 //! `--kernel`: other guests, and the ways in which they end.
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir};
+use crate::harness::{
+    Outcome, cleanslate, eventually, file, finish, machine_of, run, signal, temp_dir,
+};
 
 /// Registers of the first virtio device.
 const VIRTIO: u32 = 0xd000_0000;
@@ -90,7 +92,7 @@ fn a_console_that_nobody_reads_does_not_keep_the_machine() {
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut child = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]).spawn().unwrap();
     let _unread = child.stdout.take().unwrap();
-    let tasks = format!("/proc/{}/task", child.id());
+    let tasks = format!("/proc/{}/task", machine_of(&child));
     eventually("the vCPU waits for the reader", || {
         std::fs::read_dir(&tasks).unwrap().any(|task| {
             let waits_in = std::fs::read_to_string(task.unwrap().path().join("wchan"));
@@ -126,7 +128,7 @@ fn is_ended_by_a_signal(guest: &Guest) {
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
     let child = command.spawn().unwrap();
-    let status = format!("/proc/{}/task", child.id());
+    let status = format!("/proc/{}/task", machine_of(&child));
     eventually("the vCPU thread exists", || {
         let tasks = std::fs::read_dir(&status).map(|dir| dir.count()).unwrap_or_default();
         tasks >= 3

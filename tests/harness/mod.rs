@@ -1,6 +1,7 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
 pub mod guest;
+pub mod held;
 
 use std::fmt;
 use std::io::Read;
@@ -134,6 +135,29 @@ pub fn skipped(reason: &str) {
 pub fn signal(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_child(child);
     rustix::process::kill_process(pid, signal).expect("signal a child");
+}
+
+/// The number of the jailed process that runs `child`'s machine; waits until there is one. It is the child of `child` that
+/// has a second number, in a namespace of its own.
+#[track_caller]
+pub fn machine_of(child: &Child) -> u32 {
+    let parent = child.id().to_string();
+    let mut found = None;
+    eventually("there is a process for the machine", || {
+        let pids = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            entry.unwrap().file_name().to_str().and_then(|name| name.parse::<u32>().ok())
+        });
+        found = pids.into_iter().find(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let values = |name| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap_or_default().split_whitespace()
+            };
+            values("PPid:").eq([parent.as_str()]) && values("NSpid:").count() == 2
+        });
+        found.is_some()
+    });
+    found.unwrap()
 }
 
 /// Waits until `condition` holds; fails the test when it never does.

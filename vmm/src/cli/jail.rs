@@ -91,10 +91,10 @@ impl Arguments {
             return work(&config, resources, interrupts);
         }
         let mut prepared = self.jail(&config)?.prepare()?;
+        let (resources, _socket_file) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
             eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
         }
-        let (resources, _socket_file) = open(&config, prepared.janitor())?;
         let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
             let work = || -> Result<u8, Error> {
                 let inside = entered?;
