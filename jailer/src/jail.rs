@@ -1,5 +1,6 @@
 //! A jail from the caller's side: makes what the jailed process cannot make, lets it in, waits, and hands signals on.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -115,6 +116,13 @@ impl Inside {
     pub fn let_signals_come(&self) {
         self.signals.set();
     }
+
+    /// Runs the program behind `program` in place of this process, with no environment and the standard descriptors alone.
+    /// Returns why that failed, if it did.
+    pub fn execute(self, program: BorrowedFd<'_>, arguments: &[CString]) -> io::Error {
+        self.let_signals_come();
+        sys::execute(program, arguments)
+    }
 }
 
 impl Jail {
@@ -169,6 +177,11 @@ impl Prepared {
     /// What this host or this user could not give, in words; the jail is weaker without.
     pub fn lacks(&self) -> &[String] {
         &self.lacks
+    }
+
+    /// Whom the process becomes. `None`: it stays who the caller is.
+    pub fn user(&self) -> Option<User> {
+        (!self.rootless).then(|| self.jail.user.unwrap_or(User::NOBODY))
     }
 
     /// To be told of what has to be removed in the end.
