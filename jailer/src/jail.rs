@@ -292,14 +292,15 @@ impl Prepared {
                     return Ok(status);
                 }
             } else if signalled {
-                hand_on(self.signals.take()?, process);
+                let leads_namespace = self.namespaces() & libc::CLONE_NEWPID as u64 != 0;
+                hand_on(self.signals.take()?, process, leads_namespace);
             }
         }
     }
 }
 
 /// Hands a signal on to a process. It may have ended meanwhile, which the next look will show.
-fn hand_on(signal: i32, process: &Child) {
+fn hand_on(signal: i32, process: &Child, leads_namespace: bool) {
     let send = |signal| {
         let _ = rustix::process::pidfd_send_signal(&process.pidfd, signal);
     };
@@ -310,10 +311,24 @@ fn hand_on(signal: i32, process: &Child) {
             sys::stop_this_process();
             send(Signal::CONT);
         }
+        // The kernel keeps it from the first process of a namespace, whom it would end (pid_namespaces(7)).
+        _ if leads_namespace && takes_default_action(process, signal) => send(Signal::KILL),
         libc::SIGINT => send(Signal::INT),
         libc::SIGHUP => send(Signal::HUP),
         _ => send(Signal::TERM),
     }
+}
+
+/// True if a process neither blocks, ignores nor catches `signal` (proc(5)).
+fn takes_default_action(process: &Child, signal: i32) -> bool {
+    let file = format!("/proc/{}/status", process.pid.as_raw_pid());
+    let Ok(status) = fs::read_to_string(file) else { return false };
+    let masks = status.lines().filter_map(|line| {
+        let (name, mask) = line.split_once(":\t")?;
+        let is_wanted = ["SigBlk", "SigIgn", "SigCgt"].contains(&name);
+        is_wanted.then(|| u64::from_str_radix(mask, 16).unwrap_or(u64::MAX))
+    });
+    masks.fold(0, |all, mask| all | mask) & (1 << (signal - 1)) == 0
 }
 
 /// True if this process may do all that a jail takes without a user namespace.
