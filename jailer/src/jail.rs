@@ -321,14 +321,17 @@ fn hand_on(signal: i32, process: &Child, leads_namespace: bool) {
 
 /// True if a process neither blocks, ignores nor catches `signal` (proc(5)).
 fn takes_default_action(process: &Child, signal: i32) -> bool {
-    let file = format!("/proc/{}/status", process.pid.as_raw_pid());
-    let Ok(status) = fs::read_to_string(file) else { return false };
+    let read = |file| fs::read_to_string(format!("/proc/{}/{file}", process.pid.as_raw_pid()));
+    let (Ok(status), Ok(call)) = (read("status"), read("syscall")) else { return false };
     let masks = status.lines().filter_map(|line| {
         let (name, mask) = line.split_once(":\t")?;
         let is_wanted = ["SigBlk", "SigIgn", "SigCgt"].contains(&name);
         is_wanted.then(|| u64::from_str_radix(mask, 16).unwrap_or(u64::MAX))
     });
-    masks.fold(0, |all, mask| all | mask) & (1 << (signal - 1)) == 0
+    let taken = masks.fold(0, |all, mask| all | mask) & (1 << (signal - 1)) != 0;
+    // Whoever waits for a signal in this call blocks it, though it does not show as blocked meanwhile.
+    let waits = call.split(' ').next() == Some(&libc::SYS_rt_sigtimedwait.to_string());
+    !taken && !waits
 }
 
 /// True if this process may do all that a jail takes without a user namespace.
