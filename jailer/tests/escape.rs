@@ -1,0 +1,2 @@
+use crate::harness::runner::tests;
+tests! {}
