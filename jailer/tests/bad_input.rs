@@ -6,8 +6,8 @@ use std::path::Path;
 
 use crate::harness::runner::{tests, this_program};
 use crate::harness::{
-    Outcome, Started, contents, expect_no_traces, jail_probe, new_id, run, run_probe, temp_dir,
-    traces,
+    Outcome, Started, contents, expect_no_traces, jail_probe, memory_setting, new_id, run,
+    run_probe, swap_setting, temp_dir, traces,
 };
 
 tests! {
@@ -73,7 +73,7 @@ fn a_jail_that_cannot_be_made_is_refused_and_undone() {
         refused(&id, run_probe(&id, &flags, &["exit", "0"]), message);
     };
     check("/proc/made", "make directory \"/proc/made\"");
-    check("/etc/passwd", "make directory \"/etc/passwd/e2e\": Not a directory");
+    check("/etc/passwd", "make directory \"/etc/passwd\": File exists");
     let base = temp_dir();
     symlink("/no/such/directory", base.path().join("dangling")).unwrap();
     let dangling = base.path().join("dangling");

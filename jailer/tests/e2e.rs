@@ -19,6 +19,6 @@ mod bad_input;
 mod escape;
 
 fn main() -> std::process::ExitCode {
-    let tests = [command::TESTS, daemon::TESTS, bad_input::TESTS, escape::TESTS];
-    harness::runner::main(&tests.concat())
+    let tests = [command::TESTS, daemon::TESTS, bad_input::TESTS];
+    harness::runner::main(&[tests.concat(), escape::TESTS.concat()].concat())
 }

@@ -1,11 +1,27 @@
 //! What tests run inside of jails: a static program that looks around, waits, or dies.
 
+use std::ffi::CStr;
 use std::io::Write;
 use std::process::ExitCode;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
 use super::raw;
+
+/// The one argument with which the probe says by its exit status whether it is root: 0, or else EPERM.
+pub const AM_I_ROOT: &CStr = c"--am-i-root";
+
+/// The one argument with which the probe does nothing and succeeds.
+pub const NOTHING: &CStr = c"--nothing";
+
+/// See [`AM_I_ROOT`].
+pub fn am_i_root() -> ExitCode {
+    match rustix::process::geteuid().is_root() {
+        true => ExitCode::SUCCESS,
+        false => (Errno::PERM.raw_os_error() as u8).into(),
+    }
+}
 
 /// The name of the jail is the first argument, so that the process can be found by it; the probe itself does not use it.
 pub fn main(_id: &str, what: &[&str]) -> ExitCode {
@@ -13,7 +29,6 @@ pub fn main(_id: &str, what: &[&str]) -> ExitCode {
         ["exit", status] => return status.parse::<u8>().expect("a status").into(),
         ["look"] => look(),
         ["descriptors"] => say(&descriptors()),
-        ["effective-user"] => say(&format!("{}", rustix::process::geteuid().as_raw())),
         ["write", path] => std::fs::write(path, "written").expect("write a file"),
         ["read", path] => say(std::fs::read_to_string(path).expect("read a file").trim_end()),
         ["link", path] => say(&std::fs::read_link(path).expect("read a link").to_string_lossy()),

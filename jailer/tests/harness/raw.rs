@@ -12,15 +12,15 @@ pub fn borrow(number: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Makes a copy of this process that does `work` and ends.
-pub fn fork(work: impl FnOnce()) -> io::Result<Pid> {
+/// Makes a copy of this process that does `work` and ends with the status that this returns.
+pub fn fork(work: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: each test is a process of its own with one thread, and so is a probe: the copy has all that it needs.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            work();
+            let status = work();
             // SAFETY: ends the copy without running what the original has registered.
-            unsafe { libc::_exit(0) }
+            unsafe { libc::_exit(status) }
         }
         pid => Ok(Pid::from_raw(pid).expect("a child has a number")),
     }

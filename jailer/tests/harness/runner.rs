@@ -42,6 +42,8 @@ pub fn main(tests: &[Test]) -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["probe", id, ref what @ ..] => probe::main(id, what),
+        [word] if word.as_bytes() == probe::AM_I_ROOT.to_bytes() => probe::am_i_root(),
+        [word] if word.as_bytes() == probe::NOTHING.to_bytes() => ExitCode::SUCCESS,
         ["--one", name] => {
             let (_, _, test) = tests.iter().find(|test| test.0 == name).expect("a test's name");
             test();
