@@ -21,6 +21,8 @@ tests! {
     Root there_is_no_network,
     Nobody there_is_no_network_for_nobody,
     Root abstract_sockets_of_a_shared_network_are_out_of_reach,
+    Root shared_memory_of_others_is_out_of_reach,
+    Nobody shared_memory_of_others_is_out_of_reach_for_nobody,
     Root a_fork_bomb_meets_the_limit_and_is_removed,
     Root memory_over_the_limit_ends_the_process,
     Root descriptors_end_at_the_limit,
@@ -87,6 +89,20 @@ fn abstract_sockets_of_a_shared_network_are_out_of_reach() {
     );
 }
 
+fn check_shared_memory() {
+    let memory = raw::SharedMemory::new();
+    let jails = [(machine(), Errno::NOENT), (program(), Errno::NOENT)];
+    check("find shared memory", &|| memory.find(), jails);
+}
+
+fn shared_memory_of_others_is_out_of_reach() {
+    check_shared_memory();
+}
+
+fn shared_memory_of_others_is_out_of_reach_for_nobody() {
+    check_shared_memory();
+}
+
 fn a_fork_bomb_meets_the_limit_and_is_removed() {
     const CHILDREN: usize = 40;
     const MOST: u64 = 20;
@@ -137,7 +153,12 @@ fn a_fork_bomb_meets_the_limit_and_is_removed() {
 
 fn memory_over_the_limit_ends_the_process() {
     const LIMIT: u64 = 32 << 20;
-    let attempt = |mib| move || Ok(drop(probe::eat(mib)));
+    let attempt = |mib| {
+        move || {
+            drop(probe::eat(mib));
+            Ok(())
+        }
+    };
     let limited = |jail: Jail, settings: Vec<&str>| Jail {
         cgroup: CgroupPlan {
             memory_bytes: Some(LIMIT),

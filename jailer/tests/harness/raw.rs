@@ -89,6 +89,34 @@ fn set(signals: &[Signal]) -> libc::sigset_t {
     }
 }
 
+/// Shared memory that everybody may use who finds it by its key (shmget(2)).
+pub struct SharedMemory {
+    key: i32,
+    number: i32,
+}
+
+impl SharedMemory {
+    pub fn new() -> Self {
+        let key = std::process::id() as i32;
+        // SAFETY: makes memory that is mapped nowhere.
+        let number = unsafe { libc::shmget(key, 4096, libc::IPC_CREAT | libc::IPC_EXCL | 0o666) };
+        assert_ne!(number, -1, "make shared memory: {}", io::Error::last_os_error());
+        Self { key, number }
+    }
+
+    pub fn find(&self) -> io::Result<()> {
+        // SAFETY: finds memory and does not map it.
+        check(i64::from(unsafe { libc::shmget(self.key, 4096, 0) }).min(0))
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: nobody has it mapped.
+        unsafe { libc::shmctl(self.number, libc::IPC_RMID, std::ptr::null_mut()) };
+    }
+}
+
 /// Which version of Landlock this kernel has; 0 if it has none (landlock_create_ruleset(2)).
 pub fn landlock_version() -> i64 {
     const VERSION: libc::c_long = 1;
