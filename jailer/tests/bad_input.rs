@@ -21,6 +21,7 @@ tests! {
     Root a_command_that_only_root_may_run_is_refused_inside,
     Root a_daemon_that_dies_before_its_command_runs_is_refused,
     Nobody help_and_version_are_no_failures,
+    Nobody the_readme_names_only_options_that_exist,
 }
 
 /// Expects one line on stderr that contains `message`, nothing on stdout, and nothing left of the jail.
@@ -215,4 +216,16 @@ fn a_daemon_that_dies_before_its_command_runs_is_refused() {
 fn help_and_version_are_no_failures() {
     run(&["--help"]).expect_status(0).expect_stdout("Exit status:").expect_stderr("");
     run(&["--version"]).expect_status(0).expect_stdout("jailer 0").expect_stderr("");
+}
+
+fn the_readme_names_only_options_that_exist() {
+    let help = run(&["--help"]).stdout;
+    let readme = include_str!("../../README.md");
+    let lines = readme.lines().filter(|line| line.contains("$ jailer "));
+    let options = lines.flat_map(str::split_whitespace).filter(|word| word.starts_with("--"));
+    let named: Vec<_> = options.filter(|word| *word != "--").collect();
+    assert!(named.len() > 3, "no options found: {named:?}");
+    for option in named {
+        assert!(help.contains(option), "README.md names {option}");
+    }
 }
