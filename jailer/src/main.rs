@@ -45,7 +45,8 @@ unless its root has its loader and libraries. It is handed SIGINT, SIGTERM and S
 has started dies with it if there is --new-pid-ns or --cgroup. What was made for the jail is removed in the end, whoever \
 is killed, but for files that the command left in its root.
 
-Without root, the jail is in a user namespace: there is no --uid and no --netns, and --new-pid-ns is implied.
+Without root, the jail is in a user namespace: there is no --uid and no --netns, --bind takes no directory in which \
+something else is mounted, and --new-pid-ns is implied.
 
 Exit status: that of the command; 128+N if signal N ended it; 2 with one line that starts with \"jailer:\" for wrong \
 usage or if a step was refused, and then nothing is left of the others. With --daemonize: 0 when the command runs, or 2.";

@@ -29,6 +29,7 @@ tests! {
     Nobody a_signal_ends_a_command_of_nobody_that_does_not_catch_it,
     Root a_pid_namespace_ends_with_its_command,
     Root limits_and_settings_hold,
+    Root a_group_is_made_in_the_one_that_is_named,
     Root what_is_shown_is_there,
     Nobody what_is_shown_to_nobody_is_there,
     Root a_directory_that_is_there_is_the_root_and_stays,
@@ -224,6 +225,23 @@ fn limits_and_settings_hold() {
     expect_no_traces(&id);
     // cpuset wants processors and memory nodes before it takes a process.
     run_probe(&new_id(), &["--cgroup", "cpuset.cpus=0"], &["look"]).expect_status(0);
+}
+
+fn a_group_is_made_in_the_one_that_is_named() {
+    let version_1 = Path::new("/sys/fs/cgroup/pids");
+    let top = if version_1.exists() { version_1 } else { Path::new("/sys/fs/cgroup") };
+    let (id, parent) = (new_id(), new_id());
+    fs::create_dir(top.join(&parent)).unwrap();
+    let flags = ["--parent-cgroup", &format!("/{parent}"), "--cgroup", "pids.max=9"];
+    let mut jail = Started::new(jail_probe(&id, &flags, &["wait"]));
+    let group = top.join(&parent).join(&id);
+    let members = fs::read_to_string(group.join("cgroup.procs"));
+    jail.signal(Signal::TERM);
+    jail.wait();
+    let is_left = group.exists();
+    fs::remove_dir(top.join(&parent)).unwrap();
+    assert_eq!(members.unwrap().trim_end(), jail.first_line);
+    assert!(!is_left, "the group is gone");
 }
 
 fn check_shown() {
