@@ -12,7 +12,7 @@ use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, Signal};
 
 use super::{check, is_outside, machine, open, program, showing, status_of, works_in};
 use crate::harness::runner::{tests, this_program};
-use crate::harness::{not_run, probe, raw, temp_dir};
+use crate::harness::{not_run, pause, probe, raw, temp_dir};
 
 tests! {
     Root other_processes_are_out_of_reach,
@@ -38,9 +38,7 @@ impl Victim {
             rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable).expect("ask");
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).expect("ask");
             rustix::io::write(&writer, b"x").expect("write into a pipe");
-            loop {
-                rustix::event::pause();
-            }
+            pause()
         });
         let victim = Self(victim.expect("fork"));
         assert_eq!(rustix::io::read(&ready, &mut [0]), Ok(1));

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use super::{check, machine, program, try_in, try_without_jail, works_in};
 use crate::harness::runner::tests;
-use crate::harness::{memory_setting, new_id, not_run, probe, raw, swap_setting};
+use crate::harness::{memory_setting, new_id, not_run, pause, probe, raw, swap_setting};
 
 tests! {
     Root there_is_no_network,
@@ -111,11 +111,7 @@ fn a_fork_bomb_meets_the_limit_and_is_removed() {
     let attempt = || {
         for _ in 0..CHILDREN {
             rustix::io::write(rustix::stdio::stdin(), b"x")?;
-            raw::fork(|| {
-                loop {
-                    rustix::event::pause();
-                }
-            })?;
+            raw::fork(|| pause())?;
         }
         Ok(())
     };

@@ -13,7 +13,16 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Longest time that anything in a test may take; far above what it needs, so that a hang ends and is seen.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for a signal, but not for ever, should the test that was to send it have failed.
+pub fn pause() -> ! {
+    let began = Instant::now();
+    while began.elapsed() < 2 * PATIENCE {
+        std::thread::sleep(PATIENCE);
+    }
+    std::process::exit(99);
+}
 
 /// What a run of the program left.
 pub struct Outcome {

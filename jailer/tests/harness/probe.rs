@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
-use super::raw;
+use super::{pause, raw};
 
 /// The one argument with which the probe says by its exit status whether it is root: 0, or else EPERM.
 pub const AM_I_ROOT: &CStr = c"--am-i-root";
@@ -35,12 +35,7 @@ pub fn main(_id: &str, what: &[&str]) -> ExitCode {
         ["list", path] => list(path),
         ["wait"] => wait(),
         ["wait-with-child"] => {
-            raw::fork(|| {
-                loop {
-                    rustix::event::pause();
-                }
-            })
-            .expect("fork");
+            raw::fork(|| pause()).expect("fork");
             wait();
         }
         ["catch"] => catch(),
@@ -98,9 +93,7 @@ fn descriptors() -> String {
 /// Says its number and waits with default actions for all signals.
 fn wait() {
     say(&rustix::process::getpid().as_raw_pid().to_string());
-    loop {
-        rustix::event::pause();
-    }
+    pause();
 }
 
 /// Takes signals one by one and says which; SIGTERM is the last one.

@@ -12,7 +12,7 @@ use super::{Outcome, finish_within, probe, temp_dir};
 const NOBODY: u32 = 65534;
 
 /// Longest time that a test may take.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Tells a test's process where copies of the programs are that everybody may run.
 const DIRECTORY: &str = "JAILER_E2E_DIRECTORY";
