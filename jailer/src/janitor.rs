@@ -81,9 +81,13 @@ impl Janitor {
     }
 
     /// Has the directory `dir` removed in the end if nothing is in it. To be said before it is made.
-    #[expect(dead_code, reason = "for the jailer program, which is not written yet")]
-    pub(crate) fn remove_directory(&mut self, dir: &Path) {
+    pub fn remove_directory(&mut self, dir: &Path) {
         self.remove(Thing::Directory(dir.into()));
+    }
+
+    /// Has the file at `path`, which a mount is to cover, removed in the end. To be said before it is made.
+    pub(crate) fn remove_file(&mut self, path: &Path) {
+        self.remove(Thing::Socket(path.into(), None));
     }
 
     /// Has the socket's file at `path` removed in the end. To be said before it is made.

@@ -13,11 +13,14 @@
 #![deny(unsafe_code)]
 
 pub mod cgroup;
+pub mod chroot;
+pub mod daemon;
 pub mod id;
 pub mod jail;
 pub mod janitor;
 pub mod limits;
 pub mod network;
+pub mod program;
 pub mod root;
 pub mod seccomp;
 pub mod steps;
@@ -31,5 +34,6 @@ pub use jail::{End, Inside, Jail, JailError, Prepared};
 pub use janitor::Janitor;
 pub use limits::ResourceLimit;
 pub use network::Network;
+pub use program::Program;
 pub use root::{Mount, Root};
 pub use user::User;
