@@ -90,6 +90,7 @@ impl Arguments {
             let (resources, _socket_file) = Resources::open(&config)?;
             return work(&config, resources, interrupts);
         }
+        let config = Config { seccomp: true, ..config };
         let mut prepared = self.jail(&config)?.prepare()?;
         for lack in prepared.lacks() {
             eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
@@ -100,6 +101,8 @@ impl Arguments {
                 let inside = entered?;
                 let interrupts = Interrupts::catch()?;
                 inside.let_signals_come();
+                jailer::seccomp::catch_violations(inside.report)
+                    .map_err(MachineError::host("catch forbidden system calls"))?;
                 work(&config, resources.with_sockets_in(Path::new(SOCKETS)), interrupts)
             };
             status(work())

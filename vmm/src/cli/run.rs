@@ -130,6 +130,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            // The jail knows.
+            seccomp: false,
         }
     }
 }
