@@ -1,7 +1,9 @@
 //! `--kernel`: other guests, and the ways in which they end.
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir};
+use crate::harness::{
+    Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir, threads,
+};
 
 /// Registers of the first virtio device.
 const VIRTIO: u32 = 0xd000_0000;
@@ -90,10 +92,9 @@ fn a_console_that_nobody_reads_does_not_keep_the_machine() {
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut child = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]).spawn().unwrap();
     let _unread = child.stdout.take().unwrap();
-    let tasks = format!("/proc/{}/task", child.id());
     eventually("the vCPU waits for the reader", || {
-        std::fs::read_dir(&tasks).unwrap().any(|task| {
-            let waits_in = std::fs::read_to_string(task.unwrap().path().join("wchan"));
+        threads(&child).iter().any(|thread| {
+            let waits_in = std::fs::read_to_string(thread.join("wchan"));
             waits_in.is_ok_and(|name| name.contains("pipe_write"))
         })
     });
@@ -126,11 +127,8 @@ fn is_ended_by_a_signal(guest: &Guest) {
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
     let child = command.spawn().unwrap();
-    let status = format!("/proc/{}/task", child.id());
-    eventually("the vCPU thread exists", || {
-        let tasks = std::fs::read_dir(&status).map(|dir| dir.count()).unwrap_or_default();
-        tasks >= 3
-    });
+    // The janitor's, main, the event loop's, and the vCPU's.
+    eventually("the vCPU thread exists", || threads(&child).len() >= 4);
     signal(&child, rustix::process::Signal::TERM);
     finish(child, "cleanslate run --kernel, terminated".into())
         .expect_status(130)

@@ -156,6 +156,20 @@ pub fn signal(child: &Child, signal: rustix::process::Signal) {
     rustix::process::kill_process(pid, signal).expect("signal a child");
 }
 
+/// Directories in /proc of the threads of the processes that a child has started: those of the machine, and the janitor's.
+pub fn threads(child: &Child) -> Vec<PathBuf> {
+    let path = format!("/proc/{0}/task/{0}/children", child.id());
+    let children = std::fs::read_to_string(path).unwrap_or_default();
+    let tasks = |pid: &str| std::fs::read_dir(format!("/proc/{pid}/task"));
+    children
+        .split_whitespace()
+        .filter_map(|pid| tasks(pid).ok())
+        .flatten()
+        .flatten()
+        .map(|t| t.path())
+        .collect()
+}
+
 /// Waits until `condition` holds; fails the test when it never does.
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
