@@ -7,12 +7,16 @@ use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// Longest time that any run may take; far above what it needs, so that a hang ends and is seen.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The variable that names a directory for traces of system calls: each process that a test starts is then traced into it.
+pub const TRACES: &str = "CLEANSLATE_TRACES";
 
 /// What a run of the program left.
 pub struct Outcome {
@@ -75,8 +79,24 @@ impl Outcome {
 #[track_caller]
 pub fn cleanslate(arguments: &[&str]) -> Command {
     assert!(Path::new("/dev/kvm").exists(), "these tests need /dev/kvm; this machine has none");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cleanslate"));
+    let program = env!("CARGO_BIN_EXE_cleanslate");
+    let mut command = match std::env::var_os(TRACES) {
+        Some(directory) => traced(program, Path::new(&directory)),
+        None => Command::new(program),
+    };
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// `program` under strace, which writes a file for each thread: numbers instead of names, and no data. The tracer is the
+/// child's child, so that signals meant for the program reach it; it holds the pipes of the child, so that whoever reads
+/// these to their end finds the files complete.
+fn traced(program: &str, directory: &Path) -> Command {
+    static RUNS: AtomicU32 = AtomicU32::new(0);
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
+    let mut command = Command::new("strace");
+    command.args(["-D", "-ff", "-qq", "-X", "raw", "-s", "0", "-o"]);
+    command.arg(directory.join(format!("run{run}"))).arg(program);
     command
 }
 
