@@ -4,7 +4,7 @@ use std::io::{BufReader, Read};
 
 use serde_json::Value;
 
-use crate::harness::{cleanslate, eventually, finish, machine_of, signal, temp_dir};
+use crate::harness::{Started, cleanslate, eventually, machine_of, signal, temp_dir};
 
 /// What a process holds for itself, guest RAM left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,11 +60,11 @@ fn a_thousand_resets_are_clean_and_leave_nothing() {
     // Held after its verdict, so that its holdings can be counted at the end too.
     let mut command = cleanslate(&["run", "--json", "--resets", "1000", "--hold"]);
     command.args(["--reset-via", "host,i8042,cf9,acpi,triple", "--uds", socket.to_str().unwrap()]);
-    let mut child = command.spawn().unwrap();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut program = Started::new(command);
+    let mut stdout = BufReader::new(program.child.stdout.take().unwrap());
     let mut seen = Vec::new();
     read_until(&mut stdout, &mut seen, "{\"life\":11,");
-    let machine = machine_of(&child);
+    let machine = machine_of(&program.child);
     let after_ten = Holdings::of(machine);
     read_until(&mut stdout, &mut seen, "\n");
     let json: Value = serde_json::from_slice(&seen).unwrap();
@@ -77,7 +77,7 @@ fn a_thousand_resets_are_clean_and_leave_nothing() {
     let after_all = Holdings::of(machine);
     assert!(after_all.resident_kib <= after_ten.resident_kib, "{after_ten:?} became {after_all:?}");
     assert_eq!(after_all.threads, after_ten.threads);
-    signal(&child, rustix::process::Signal::INT);
-    finish(child, "cleanslate run --resets 1000 --hold".into()).expect_status(0);
+    signal(&program.child, rustix::process::Signal::INT);
+    program.finish("cleanslate run --resets 1000 --hold").expect_status(0);
     assert!(!socket.exists());
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::harness::held::Held;
-use crate::harness::{Outcome, eventually, finish, run, signal, skipped, temp_dir};
+use crate::harness::{Outcome, Started, eventually, run, signal, skipped, temp_dir};
 
 const NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
 
@@ -135,7 +135,8 @@ fn whoever_is_not_root_gets_a_jail_too_and_hears_what_is_missing() {
     let mut command = Command::new(&program);
     command.args(["run", "--resets", "3"]).uid(12345).gid(group);
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-    finish(command.spawn().unwrap(), "cleanslate run as a user who may open /dev/kvm".into())
+    Started::new(command)
+        .finish("cleanslate run as a user who may open /dev/kvm")
         .expect_status(0)
         .expect_stdout("clean: 4 lives, no findings")
         .expect_stderr("the jail is weaker than it should be: no control group")

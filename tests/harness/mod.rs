@@ -103,32 +103,50 @@ fn traced(program: &str, directory: &Path) -> Command {
 /// Runs the program to its end.
 #[track_caller]
 pub fn run(arguments: &[&str]) -> Outcome {
-    let mut command = cleanslate(arguments);
-    let child = command.spawn().expect("start cleanslate");
-    finish(child, format!("cleanslate {}", arguments.join(" ")))
+    Started::new(cleanslate(arguments)).finish(&format!("cleanslate {}", arguments.join(" ")))
 }
 
-/// Waits for a child with piped output, and kills it when it takes for ever.
-#[track_caller]
-pub fn finish(mut child: Child, command: String) -> Outcome {
-    let stdout = read_all(child.stdout.take());
-    let stderr = read_all(child.stderr.take());
-    let began = Instant::now();
-    let status = loop {
-        match child.try_wait().expect("wait for a child") {
-            Some(status) => break status,
-            None if began.elapsed() > PATIENCE => {
-                let _ = child.kill();
-                break child.wait().expect("wait for a killed child");
+/// A program that runs. It is killed with the test that fails.
+pub struct Started {
+    pub child: Child,
+}
+
+impl Started {
+    #[track_caller]
+    pub fn new(mut command: Command) -> Self {
+        Self { child: command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}")) }
+    }
+
+    /// Waits for its end, and kills it when it takes for ever.
+    #[track_caller]
+    pub fn finish(mut self, command: &str) -> Outcome {
+        let stdout = read_all(self.child.stdout.take());
+        let stderr = read_all(self.child.stderr.take());
+        let began = Instant::now();
+        let status = loop {
+            match self.child.try_wait().expect("wait for a child") {
+                Some(status) => break status,
+                None if began.elapsed() > PATIENCE => {
+                    let _ = self.child.kill();
+                    break self.child.wait().expect("wait for a killed child");
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
             }
-            None => std::thread::sleep(Duration::from_millis(2)),
+        };
+        Outcome {
+            command: command.into(),
+            status: status.code(),
+            stdout: stdout.join().expect("read stdout"),
+            stderr: stderr.join().expect("read stderr"),
         }
-    };
-    Outcome {
-        command,
-        status: status.code(),
-        stdout: stdout.join().expect("read stdout"),
-        stderr: stderr.join().expect("read stderr"),
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Has no effect on a child that was waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
