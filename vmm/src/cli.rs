@@ -79,3 +79,15 @@ fn in_one_line(error: clap::Error) -> Error {
     let line = words.skip_while(|word| *word == "error:").collect::<Vec<_>>().join(" ");
     format!("{line}; see --help").into()
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

@@ -25,6 +25,8 @@ const DESCRIPTORS: u64 = 8192;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Jail")]
+// clap would name a group for the struct, which has the same name as the one that it is part of.
+#[group(skip)]
 pub(super) struct Arguments {
     /// Run the machine in this process, with all its rights: no namespaces, limits or system call filters
     #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
