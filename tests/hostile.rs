@@ -1,5 +1,11 @@
 //! Guests that break rules hurt only themselves.
 
+use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
 use crate::harness::guest::Guest;
 use crate::harness::{Outcome, cleanslate, file, finish, run, signal, temp_dir};
 
@@ -164,30 +170,48 @@ fn with_packets(packets: &[[u32; 11]]) -> Guest {
     registers(guest, &[(0x70, 15), (0x50, 1)])
 }
 
-#[test]
-fn a_guest_reaches_a_port_of_the_host_and_half_closes() {
-    const HOST_PORT: u32 = 1234;
-    // Header of virtio 1.2, section 5.10.6: request, then shutdown of sending alone. No buffers are posted for answers.
-    let packet =
-        |op: u32, flags: u32| [3, 0, 2, 0, 777, HOST_PORT, 0, 1 | op << 16, flags, 0x1_0000, 0];
-    let guest = with_packets(&[packet(1, 0), packet(4, 2)]);
+const HOST_PORT: u32 = 1234;
+
+/// A packet for [`HOST_PORT`] (virtio 1.2, section 5.10.6).
+fn packet(op: u32, flags: u32) -> [u32; 11] {
+    [3, 0, 2, 0, 777, HOST_PORT, 0, 1 | op << 16, flags, 0x1_0000, 0]
+}
+
+/// Runs `guest`, which connects to [`HOST_PORT`], waits until it has closed its sending direction at least, and does
+/// `afterwards` with the connection.
+#[track_caller]
+fn reaches_the_host(guest: Guest, afterwards: impl FnOnce(&mut UnixStream)) {
     let dir = temp_dir();
     let kernel = file(&dir, "guest.elf", &guest.halt().elf());
     let path = dir.path().join("vsock");
     let port = dir.path().join(format!("vsock_{HOST_PORT}"));
-    let listener = std::os::unix::net::UnixListener::bind(&port).unwrap();
+    let listener = UnixListener::bind(&port).unwrap();
     // The machine's process is nobody.
-    std::fs::set_permissions(&port, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .unwrap();
+    std::fs::set_permissions(&port, Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     let arguments = ["run", "--kernel", kernel.to_str().unwrap(), "--uds", path.to_str().unwrap()];
     let child = cleanslate(&arguments).spawn().unwrap();
     let (mut stream, _) = listener.accept().unwrap();
-    let mut rest = Vec::new();
-    // Sending alone is closed, so this comes to its end while the other direction is open.
-    std::io::Read::read_to_end(&mut stream, &mut rest).unwrap();
-    assert_eq!(rest, b"");
-    std::io::Write::write_all(&mut stream, b"still open").unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    afterwards(&mut stream);
     signal(&child, rustix::process::Signal::TERM);
     finish(child, "cleanslate run --kernel --uds".into()).expect_status(130);
+}
+
+#[test]
+fn a_guest_reaches_a_port_of_the_host_and_half_closes() {
+    // Request, then shutdown of sending alone. No buffers are posted for answers.
+    let guest = with_packets(&[packet(1, 0), packet(4, 2)]);
+    reaches_the_host(guest, |stream| stream.write_all(b"still open").unwrap());
+}
+
+#[test]
+fn a_guest_that_resets_its_device_drops_its_connections() {
+    // The used ring of the queue to the host counts the packet once the host is reached.
+    const USED: u32 = 0x30_5000;
+    let guest = with_packets(&[packet(1, 0)]).wait_for(USED, 0xffff_0000);
+    reaches_the_host(registers(guest, &[(0x70, 0)]), |stream| {
+        assert!(stream.write_all(b"closed").is_err());
+    });
 }
