@@ -13,6 +13,8 @@ mod documents;
 mod elsewhere;
 /// A thousand resets leave nothing behind on the host.
 mod endurance;
+/// Filters of system calls: what they forbid ends the machine, and they allow no more than is used.
+mod filters;
 /// What must not be there is found, by name and by exit status.
 mod findings;
 /// `--kernel`: other guests, and the ways in which they end.

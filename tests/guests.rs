@@ -230,3 +230,36 @@ fn a_bzimage_starts_at_its_64_bit_entry_with_boot_parameters() {
     let outcome = run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0);
     assert_eq!(outcome.stdout, "HdrS");
 }
+
+#[test]
+fn a_console_that_would_block_is_waited_for() {
+    let guest = Guest::new().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]);
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.elf());
+    let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
+    let (_unread, stdout) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+    let child = command.stdout(stdout).spawn().unwrap();
+    eventually("the vCPU waits for room", || {
+        threads(&child).iter().any(|thread| {
+            let call = std::fs::read_to_string(thread.join("syscall")).unwrap_or_default();
+            call.split(' ').next().is_some_and(|number| number == "271") // ppoll
+                && std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name == "vcpu0\n")
+        })
+    });
+    signal(&child, rustix::process::Signal::TERM);
+    finish(child, "cleanslate run --kernel, full".into()).expect_status(130);
+}
+
+#[test]
+fn an_interrupt_that_a_vcpu_causes_is_delivered() {
+    // Pin 4 gets vector 0x20 and is not masked; then the serial port's transmitter is empty, which it is allowed to say.
+    let (select, window) = (0xfec0_0000, 0xfec0_0010);
+    let guest = Guest::new()
+        .store(select, 0x10 + 2 * 4)
+        .store(window, 0x20)
+        .out(0x3f9, 2)
+        .print("on")
+        .power_off();
+    let outcome = boot(&guest, &[]).expect_status(0);
+    assert_eq!(outcome.stdout, "on", "{outcome}");
+}
