@@ -8,7 +8,7 @@ use std::{env, fs};
 #[path = "src/seccomp/compile.rs"]
 mod compile;
 
-use compile::{Libc, THREADS};
+use compile::{Build, Libc, THREADS};
 
 fn main() {
     for file in ["rules.toml", "calls.txt", "compile.rs"] {
@@ -18,8 +18,9 @@ fn main() {
         Ok("musl") => Libc::Musl,
         _ => Libc::Gnu,
     };
+    let build = Build { libc, assertions: env::var_os("CARGO_CFG_DEBUG_ASSERTIONS").is_some() };
     let path = Path::new(&env::var_os("OUT_DIR").expect("cargo sets it")).join("filters.rs");
-    match source(libc) {
+    match source(build) {
         Ok(source) => fs::write(path, source).expect("write the filters"),
         Err(error) => {
             println!("cargo::error=jailer/src/seccomp/rules.toml: {}", error.replace('\n', " "));
@@ -28,12 +29,12 @@ fn main() {
 }
 
 /// The rules and the programs as Rust.
-fn source(libc: Libc) -> Result<String, String> {
+fn source(build: Build) -> Result<String, String> {
     let read = |file: &str| {
         fs::read_to_string(Path::new("src/seccomp").join(file))
             .map_err(|error| format!("{file}: {error}"))
     };
-    let rules = compile::parse(&read("rules.toml")?, &read("calls.txt")?, libc)?;
+    let rules = compile::parse(&read("rules.toml")?, &read("calls.txt")?, build)?;
     let mut text = String::from("&[\n");
     for rule in &rules {
         let arguments: Vec<_> = rule
@@ -45,12 +46,13 @@ fn source(libc: Libc) -> Result<String, String> {
             .collect();
         let _ = writeln!(
             text,
-            "Rule {{ thread: ThreadKind::ALL[{}], call: {:?}, arguments: &[{}], why: {:?}, rare: {:?} }},",
+            "Rule {{ thread: ThreadKind::ALL[{}], call: {:?}, arguments: &[{}], why: {:?}, rare: {:?}, assertions: {} }},",
             rule.thread,
             rule.call,
             arguments.join(", "),
             rule.why,
-            rule.rare
+            rule.rare,
+            rule.assertions
         );
     }
     let mut source = format!("/// Every rule.\npub static RULES: &[Rule] = {text}];\n");

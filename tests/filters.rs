@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use jailer::seccomp::{RULES, Rule, ThreadKind};
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, TRACES, cleanslate, file, finish, skipped, temp_dir};
+use crate::harness::{Outcome, Started, TRACES, cleanslate, file, skipped, temp_dir};
 
 /// Test modules whose machines make every call that a rule is for, unless it says that none does.
 const REPERTOIRE: [&str; 5] = ["findings::", "guests::", "hostile::", "lives::", "vsock::"];
@@ -24,8 +24,8 @@ fn run_with_a_wrong_call(arguments: &[&str], victim: &str, nth: u32) -> Outcome 
     command.args(["-e", &format!("trace={victim}"), "-e", &inject]);
     command.arg(cleanslate(&[]).get_program()).args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().expect("start strace (package strace; ./test installs it)");
-    finish(child, format!("cleanslate {} with a wrong {victim}", arguments.join(" ")))
+    let name = format!("cleanslate {} with a wrong {victim}", arguments.join(" "));
+    Started::new(command).finish(&name)
 }
 
 #[test]

@@ -238,16 +238,19 @@ fn a_console_that_would_block_is_waited_for() {
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
     let (_unread, stdout) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
-    let child = command.stdout(stdout).spawn().unwrap();
+    command.stdout(stdout);
+    let program = Started::new(command);
+    let tasks = format!("/proc/{}/task", machine_of(&program.child));
     eventually("the vCPU waits for room", || {
-        threads(&child).iter().any(|thread| {
+        std::fs::read_dir(&tasks).unwrap().any(|thread| {
+            let thread = thread.unwrap().path();
             let call = std::fs::read_to_string(thread.join("syscall")).unwrap_or_default();
             call.split(' ').next().is_some_and(|number| number == "271") // ppoll
                 && std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name == "vcpu0\n")
         })
     });
-    signal(&child, rustix::process::Signal::TERM);
-    finish(child, "cleanslate run --kernel, full".into()).expect_status(130);
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --kernel, full").expect_status(130);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, cleanslate, file, finish, run, signal, temp_dir};
+use crate::harness::{Outcome, Started, cleanslate, file, run, signal, temp_dir};
 
 /// Registers of the vsock device.
 const DEVICE: u32 = 0xd000_0000;
@@ -190,13 +190,13 @@ fn reaches_the_host(guest: Guest, afterwards: impl FnOnce(&mut UnixStream)) {
     std::fs::set_permissions(&port, Permissions::from_mode(0o777)).unwrap();
     std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     let arguments = ["run", "--kernel", kernel.to_str().unwrap(), "--uds", path.to_str().unwrap()];
-    let child = cleanslate(&arguments).spawn().unwrap();
+    let program = Started::new(cleanslate(&arguments));
     let (mut stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     afterwards(&mut stream);
-    signal(&child, rustix::process::Signal::TERM);
-    finish(child, "cleanslate run --kernel --uds".into()).expect_status(130);
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --kernel --uds").expect_status(130);
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Rule {
     pub why: &'static str,
     /// Why no test makes the call, if none does.
     pub rare: Option<&'static str>,
+    /// Only builds with debug assertions have it.
+    pub assertions: bool,
 }
 
 /// What an argument of a call has to be.

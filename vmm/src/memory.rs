@@ -19,8 +19,11 @@ use crate::layout;
 /// heap is one for all threads: by default the C library gives each thread its own, which costs a short-lived monitor more
 /// system calls and memory than it could ever wait for a lock.
 pub fn prepare_process() {
+    #[cfg(target_env = "gnu")] // musl has one heap for all threads, and no `mallopt`.
     // SAFETY: `mallopt` changes a number that later allocations look at; any thread may call it at any time.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
     // SAFETY: ignoring a signal installs no handler.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }

@@ -27,6 +27,14 @@ pub enum Libc {
     Musl,
 }
 
+/// What a program is built for.
+#[derive(Clone, Copy, Debug)]
+pub struct Build {
+    pub libc: Libc,
+    /// With debug assertions, in which the standard library checks descriptors.
+    pub assertions: bool,
+}
+
 /// The data file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +54,8 @@ struct Entry {
     why: String,
     rare: Option<String>,
     libc: Option<Libc>,
+    #[serde(default)]
+    assertions: bool,
 }
 
 /// A rule of one thread.
@@ -59,13 +69,14 @@ pub struct Rule {
     pub arguments: Vec<(u8, u32, String)>,
     pub why: String,
     pub rare: Option<String>,
+    pub assertions: bool,
 }
 
-/// Reads rules: those that `libc` needs. `calls` has a line for each system call, its number and its name.
+/// Reads rules: those that `build` needs. `calls` has a line for each system call, its number and its name.
 ///
 /// # Errors
 /// What is wrong with them, in words.
-pub fn parse(rules: &str, calls: &str, libc: Libc) -> Result<Vec<Rule>, String> {
+pub fn parse(rules: &str, calls: &str, build: Build) -> Result<Vec<Rule>, String> {
     let document: Document = toml::from_str(rules).map_err(|error| error.to_string())?;
     let numbers: BTreeMap<&str, u32> = calls
         .lines()
@@ -105,9 +116,11 @@ pub fn parse(rules: &str, calls: &str, libc: Libc) -> Result<Vec<Rule>, String> 
             let Some(thread) = THREADS.iter().position(|name| name == thread) else {
                 return refuse(&format!("is for {thread:?}; threads are {THREADS:?}"));
             };
-            if entry.libc.is_none_or(|only| only == libc) {
+            let is_needed = entry.libc.is_none_or(|only| only == build.libc);
+            if is_needed && (build.assertions || !entry.assertions) {
                 let (call, why, rare) = (entry.call.clone(), entry.why.clone(), entry.rare.clone());
-                parsed.push(Rule { thread, call, number, arguments: arguments.clone(), why, rare });
+                let (arguments, assertions) = (arguments.clone(), entry.assertions);
+                parsed.push(Rule { thread, call, number, arguments, why, rare, assertions });
             }
         }
     }

@@ -5,14 +5,15 @@ use seccompiler::{
     SeccompRule, TargetArch, sock_filter,
 };
 
-use super::compile::{self, Libc, Rule, THREADS};
+use super::compile::{self, Build, Libc, Rule, THREADS};
 use super::{ARCHITECTURE, CALLS, PROGRAMS, RULES, Report, ThreadKind, Violation, X32_BIT};
 
 const TEXT: &str = include_str!("rules.toml");
 const BOTH: [Libc; 2] = [Libc::Gnu, Libc::Musl];
+const BUILD: Build = Build { libc: Libc::Gnu, assertions: false };
 
 fn rules(libc: Libc) -> Vec<Rule> {
-    compile::parse(TEXT, CALLS, libc).unwrap()
+    compile::parse(TEXT, CALLS, Build { libc, assertions: false }).unwrap()
 }
 
 /// The data of a call, as a filter sees it (`struct seccomp_data`).
@@ -113,11 +114,13 @@ fn programs_say_what_plain_filters_of_seccompiler_say() {
 #[test]
 fn the_built_programs_are_those_of_the_data_file() {
     let libc = if cfg!(target_env = "musl") { Libc::Musl } else { Libc::Gnu };
-    let rules = rules(libc);
+    let build = Build { libc, assertions: cfg!(debug_assertions) };
+    let rules = compile::parse(TEXT, CALLS, build).unwrap();
     assert_eq!(rules.len(), RULES.len());
     for (written, built) in rules.iter().zip(RULES) {
         assert_eq!((&*written.call, &*written.why), (built.call, built.why));
         assert_eq!((written.thread, written.rare.as_deref()), (built.thread as usize, built.rare));
+        assert_eq!(written.assertions, built.assertions);
         let arguments = built.arguments.iter().map(|a| (a.index, a.value, a.text.to_owned()));
         assert!(written.arguments.iter().cloned().eq(arguments), "{built:?}");
     }
@@ -148,7 +151,7 @@ fn no_thread_may_make_more_calls_than_in_firecracker() {
 fn a_broken_rule_breaks_the_build_and_is_named() {
     let check = |rule: &str, expected: &str| {
         let text = format!("[values]\nONE = 1\n[[rule]]\n{rule}");
-        let error = compile::parse(&text, CALLS, Libc::Gnu).unwrap_err();
+        let error = compile::parse(&text, CALLS, BUILD).unwrap_err();
         assert!(error.contains(expected), "{error:?} lacks {expected:?}");
     };
     let rule = |rest: &str| format!("threads = [\"main\"]\ncall = \"read\"\n{rest}");
