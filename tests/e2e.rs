@@ -19,6 +19,10 @@ mod findings;
 mod guests;
 /// Guests that break rules hurt only themselves.
 mod hostile;
+/// Every machine runs in a jail, and the jail is what it should be.
+mod jail;
+/// Jailed launches leave nothing behind, whoever is killed.
+mod leftovers;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.

@@ -230,7 +230,7 @@ impl Cgroup {
         let hierarchy = hierarchies
             .iter()
             .find(|hierarchy| hierarchy.has(controller))
-            .or_else(|| hierarchies.iter().find(|hierarchy| hierarchy.version == Version::V2))
+            .or_else(|| hierarchies.iter().find(|hierarchy| offers(hierarchy, controller)))
             .ok_or_else(|| CgroupError::NoHierarchy(controller.into()))?;
         let parent = match (&plan.parent, hierarchy.version) {
             (Some(parent), _) => hierarchy.top.join(parent.strip_prefix("/").unwrap_or(parent)),
@@ -315,6 +315,13 @@ impl CgroupPlan {
     pub(crate) fn is_demanded(&self) -> bool {
         !self.settings.is_empty() || self.parent.is_some()
     }
+}
+
+/// Whether this is a hierarchy of version 2 that has `controller`: a host with version 1 may show one that has few or none.
+fn offers(hierarchy: &Hierarchy, controller: &str) -> bool {
+    hierarchy.version == Version::V2
+        && read(hierarchy.top.join("cgroup.controllers"))
+            .is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
 }
 
 /// The group of version 2 in which a new one can have controllers: a group that has processes itself cannot pass any on

@@ -1,4 +1,5 @@
-//! Confines a process that runs a microVM: namespaces, an empty root, a control group, limits, dropped rights, Landlock.
+//! Confines a process that runs a microVM: namespaces, an empty root, a control group, limits, dropped rights, Landlock,
+//! and filters of system calls ([`seccomp`]).
 //!
 //! A [`Jail`] says in plain data what confines; [`Jail::prepare`] starts what has to be ready before, and
 //! [`Prepared::run`] runs a function of the caller's in a process that is confined. Three processes take part:
@@ -8,7 +9,7 @@
 //! - the **janitor** ([`janitor`]), which removes what was made, whichever of the others is killed, and when.
 //!
 //! Nothing is copied and no device node is made: what the jailed process needs of the host reaches it as open descriptors.
-//! Unsafe code is allowed in `sys` and nowhere else.
+//! Unsafe code is allowed in `sys` and `seccomp::sys`, and nowhere else.
 
 #![deny(unsafe_code)]
 

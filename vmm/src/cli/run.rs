@@ -131,6 +131,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            // The jail knows.
+            seccomp: false,
         }
     }
 }

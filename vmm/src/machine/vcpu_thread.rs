@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -80,14 +81,23 @@ pub(super) struct VcpuThread {
 }
 
 impl VcpuThread {
-    pub fn spawn(vcpu: Vcpu, id: u8, surroundings: Surroundings) -> io::Result<Self> {
+    /// Starts the thread; with `seccomp` it confines itself before it runs anything.
+    pub fn spawn(
+        vcpu: Vcpu,
+        id: u8,
+        surroundings: Surroundings,
+        seccomp: bool,
+    ) -> io::Result<Self> {
         install_kick_handler();
         let cell = Arc::new(VcpuCell::new(vcpu));
         let state = State { order: Order::Park, parked: true, nmi: NmiOrder::None };
         let control = Arc::new(Control { state: Mutex::new(state), changed: Condvar::new() });
         let runner = Runner { id, cell: cell.clone(), control: control.clone(), surroundings };
         let thread =
-            std::thread::Builder::new().name(format!("vcpu{id}")).spawn(|| runner.main())?;
+            std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || match seccomp {
+                true => runner.confined(),
+                false => runner.main(),
+            })?;
         Ok(Self { cell, control, thread: Some(thread) })
     }
 
@@ -203,28 +213,41 @@ struct Runner {
 }
 
 impl Runner {
+    /// Like [`Runner::main`], with a filter of system calls.
+    fn confined(self) {
+        match jailer::seccomp::restrict(ThreadKind::Vcpu) {
+            Ok(()) => self.main(),
+            Err(error) => self.stop(Instant::now(), VcpuStop::Failed(error.into())),
+        }
+    }
+
     fn main(self) {
         while let Some(nmi) = self.next_entry() {
             let mut vcpu = self.cell.lock();
             let queued = if nmi == NmiOrder::Queue { self.queue_nmi(&vcpu) } else { Ok(()) };
             let pause = match queued {
                 Ok(()) => self.run(&mut vcpu),
-                Err(error) => Pause::Stop(VcpuStop::Failed(error)),
+                Err(error) => Pause::Stop(VcpuStop::Failed(error.into())),
             };
             if let Pause::Stop(stop) = pause {
                 let at = Instant::now();
                 let stop = match self.complete_exit(&mut vcpu) {
                     Ok(()) => stop,
-                    Err(error) => VcpuStop::Failed(error),
+                    Err(error) => VcpuStop::Failed(error.into()),
                 };
                 drop(vcpu);
-                // In this order: whoever finds the vCPU parked finds its message too, and a reset drops it.
-                let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
-                self.park_itself();
-                if sent.is_ok() {
-                    let _ = self.surroundings.wake.write(1);
-                }
+                self.stop(at, stop);
             }
+        }
+    }
+
+    /// Parks and has the machine act.
+    fn stop(&self, at: Instant, stop: VcpuStop) {
+        // In this order: whoever finds the vCPU parked finds its message too, and a reset drops it.
+        let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
+        self.park_itself();
+        if sent.is_ok() {
+            let _ = self.surroundings.wake.write(1);
         }
     }
 
@@ -287,7 +310,7 @@ impl Runner {
                     return self.stuck(vcpu, StuckReason::Unexpected(exit));
                 }
                 Ok(access) => self.surroundings.answer(access),
-                Err(error) => return Pause::Stop(VcpuStop::Failed(error)),
+                Err(error) => return Pause::Stop(VcpuStop::Failed(error.into())),
             };
             match effect {
                 Effect::None => {}
