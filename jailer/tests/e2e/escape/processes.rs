@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use jailer::{Jail, ResourceLimit, Root};
+use jailer::{Jail, ResourceLimit, Root, User};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, Signal};
@@ -151,9 +151,15 @@ fn rights_do_not_come_back() {
     check("become root", &|| raw::become_user(0), both());
     let attempt = || Ok(rustix::thread::set_thread_groups(&[rustix::process::Gid::ROOT])?);
     check("join a group", &attempt, both());
+    // Not even to root.
+    let root = |jail: Jail| Jail { user: Some(User { uid: 0, gid: 0 }), ..jail };
+    let all = || {
+        both().into_iter().chain([(root(machine()), Errno::PERM), (root(program()), Errno::PERM)])
+    };
     let name = rustix::system::uname().nodename().to_owned();
     let attempt = || Ok(rustix::system::sethostname(name.to_bytes())?);
-    check("name the host", &attempt, both());
+    check("name the host", &attempt, all());
+    check("change the root", &|| Ok(rustix::process::chroot("/")?), all());
     let limited = |jail: Jail| Jail { limits: vec![ResourceLimit::descriptors(50)], ..jail };
     let more = Rlimit { current: Some(60), maximum: Some(60) };
     let attempt = || Ok(rustix::process::setrlimit(Resource::Nofile, more)?);

@@ -70,6 +70,7 @@ fn look() {
     say(&format!("privileges {}", !rustix::thread::no_new_privs().expect("ask")));
     let capabilities = rustix::thread::capabilities(None).expect("ask for capabilities");
     say(&format!("capabilities {}", (capabilities.permitted | capabilities.effective).bits()));
+    say(&format!("bounding {}", raw::count_bounding_set()));
     say(&format!("core {:?}", process::getrlimit(process::Resource::Core).maximum));
     say(&format!("files {:?}", process::getrlimit(process::Resource::Nofile).current));
     say(&format!("directory {}", std::env::current_dir().expect("ask").display()));

@@ -5,12 +5,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use rustix::process::Signal;
+use rustix::process::{Gid, Signal};
+use rustix::thread::UnshareFlags;
 
 use crate::harness::runner::{tests, this_program};
 use crate::harness::{
-    Started, contents, expect_no_traces, finish, jail_probe, jailer, memory_setting, new_id, run,
-    run_probe, swap_setting, temp_dir,
+    Started, contents, expect_no_traces, finish, jail_probe, jailer, memory_setting, new_id, pause,
+    raw, run, run_probe, swap_setting, temp_dir,
 };
 
 tests! {
@@ -50,6 +51,7 @@ fn check_sight(id: &str, flags: &[&str], stdout: &str) {
         "environment 0",
         "privileges false",
         "capabilities 0",
+        "bounding 0",
         "core Some(0)",
         "directory /",
         "/ []",
@@ -86,6 +88,8 @@ fn a_command_of_nobody_sees_the_same() {
 }
 
 fn a_command_becomes_the_user_and_group_that_are_named() {
+    // Whoever starts the jailer is in some.
+    rustix::thread::set_thread_groups(&[Gid::from_raw(4003)]).unwrap();
     let check = |flags: &[&str], user: &str, group: &str| {
         run_probe(&new_id(), flags, &["look"])
             .expect_status(0)
@@ -367,13 +371,25 @@ fn a_command_is_looked_for_in_path() {
 }
 
 fn a_named_network_is_joined() {
-    let network = "/proc/self/ns/net";
-    let ours = fs::read_link(network).unwrap().display().to_string();
-    let bind = ["--bind", "/proc"];
+    // A process in a network of its own, which is neither the one that the jailer is in nor a new one.
+    let (ready, writer) = rustix::pipe::pipe().unwrap();
+    let holder = raw::fork(|| {
+        raw::unshare(UnshareFlags::NEWNET).expect("make a network namespace");
+        rustix::io::write(&writer, b"x").expect("write into a pipe");
+        pause()
+    })
+    .unwrap();
+    assert_eq!(rustix::io::read(&ready, &mut [0]), Ok(1));
+    let theirs = format!("/proc/{}/ns/net", holder.as_raw_pid());
+    let name = |path: &str| fs::read_link(path).unwrap().display().to_string();
     let look = |flags: &[&str]| {
-        let flags = [&bind, flags].concat();
-        run_probe(&new_id(), &flags, &["link", network]).expect_status(0).stdout
+        let flags = [&["--bind", "/proc"], flags].concat();
+        let outcome = run_probe(&new_id(), &flags, &["link", "/proc/self/ns/net"]);
+        outcome.expect_status(0).stdout.trim_end().to_owned()
     };
-    assert_eq!(look(&["--netns", network]).trim_end(), ours);
-    assert_ne!(look(&[]).trim_end(), ours);
+    let (joined, new, expected) = (look(&["--netns", &theirs]), look(&[]), name(&theirs));
+    rustix::process::kill_process(holder, Signal::KILL).unwrap();
+    assert_eq!(joined, expected);
+    assert_ne!(new, expected);
+    assert_ne!(new, name("/proc/self/ns/net"));
 }

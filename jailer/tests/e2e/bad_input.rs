@@ -220,7 +220,7 @@ fn help_and_version_are_no_failures() {
 
 fn the_readme_names_only_options_that_exist() {
     let help = run(&["--help"]).stdout;
-    let readme = include_str!("../../README.md");
+    let readme = include_str!("../../../README.md");
     let lines = readme.lines().filter(|line| line.contains("$ jailer "));
     let options = lines.flat_map(str::split_whitespace).filter(|word| word.starts_with("--"));
     let named: Vec<_> = options.filter(|word| *word != "--").collect();
