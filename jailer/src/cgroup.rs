@@ -1,7 +1,8 @@
 //! The control group of a jail: memory, processor time and number of tasks (cgroups(7), both versions).
 //!
-//! It is made below the group that the caller is in, so that a jail never leaves the limits in which it was started, and
-//! the janitor removes it.
+//! It is made below the group that the caller is in, so that a jail does not leave the limits in which it was started; in
+//! version 2, where a group with processes can have none with controllers below it, beside that group. The janitor removes
+//! it.
 
 mod hierarchy;
 
@@ -17,9 +18,6 @@ use rustix::io::Errno;
 use crate::id::Id;
 use crate::janitor::Janitor;
 use hierarchy::{Hierarchy, Version};
-
-/// Controllers that a jail's own limits need.
-const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// Length of the period in which processor time is shared out, in microseconds (the kernel's default).
 const CPU_PERIOD_US: u64 = 100_000;
@@ -79,7 +77,7 @@ pub enum CgroupError {
     #[error("enable controller {controller} in {parent:?}")]
     Controller {
         /// Its name.
-        controller: &'static str,
+        controller: String,
         /// The group that would have to pass it on.
         parent: PathBuf,
         /// What the system said.
@@ -235,14 +233,14 @@ impl Cgroup {
         let parent = match (&plan.parent, hierarchy.version) {
             (Some(parent), _) => hierarchy.top.join(parent.strip_prefix("/").unwrap_or(parent)),
             (None, Version::V1) => hierarchy.own.clone(),
-            (None, Version::V2) => group_to_grow(hierarchy)?,
+            (None, Version::V2) => group_to_grow(hierarchy).to_path_buf(),
         };
+        if hierarchy.version == Version::V2 {
+            pass_on(&parent, controller)?;
+        }
         let dir = parent.join(id.as_str());
         if let Some(index) = self.groups.iter().position(|group| group.dir == dir) {
             return Ok(index);
-        }
-        if hierarchy.version == Version::V2 {
-            pass_controllers_on(&parent)?;
         }
         make_dir(&dir, janitor)?;
         if controller == "cpuset" && hierarchy.version == Version::V1 {
@@ -324,33 +322,24 @@ fn offers(hierarchy: &Hierarchy, controller: &str) -> bool {
             .is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
 }
 
-/// The group of version 2 in which a new one can have controllers: a group that has processes itself cannot pass any on
-/// (cgroups(7), "no internal processes"), unless it is the root. Then it is the one above.
-fn group_to_grow(hierarchy: &Hierarchy) -> Result<PathBuf, CgroupError> {
-    let refused = match pass_controllers_on(&hierarchy.own) {
-        Ok(()) => return Ok(hierarchy.own.clone()),
-        Err(error) => error,
-    };
-    match hierarchy.own.parent() {
-        Some(above) if above.starts_with(&hierarchy.top) && pass_controllers_on(above).is_ok() => {
-            Ok(above.into())
-        }
-        _ => Err(refused),
-    }
+/// The group of version 2 in which a new one can have controllers. This process's own cannot, since this process is in it
+/// (cgroups(7), "no internal processes"), unless it is the root; then it is the one above.
+fn group_to_grow(hierarchy: &Hierarchy) -> &Path {
+    let above = hierarchy.own.parent().filter(|above| above.starts_with(&hierarchy.top));
+    above.unwrap_or(&hierarchy.own)
 }
 
-/// Lets groups in `parent` of a hierarchy of version 2 have the controllers.
-fn pass_controllers_on(parent: &Path) -> Result<(), CgroupError> {
+/// Lets groups in `parent` of a hierarchy of version 2 have `controller`.
+fn pass_on(parent: &Path, controller: &str) -> Result<(), CgroupError> {
     let file = parent.join("cgroup.subtree_control");
-    let passed_on = read(&file)?;
-    for controller in CONTROLLERS {
-        if !passed_on.split_whitespace().any(|name| name == controller) {
-            fs::write(&file, format!("+{controller}")).map_err(|source| {
-                CgroupError::Controller { controller, parent: parent.into(), source }
-            })?;
-        }
+    if read(&file)?.split_whitespace().any(|name| name == controller) {
+        return Ok(());
     }
-    Ok(())
+    fs::write(&file, format!("+{controller}")).map_err(|source| CgroupError::Controller {
+        controller: controller.into(),
+        parent: parent.into(),
+        source,
+    })
 }
 
 /// A group of version 1 may hold no process before it is told processors and memory nodes.
