@@ -50,7 +50,7 @@ fn a_human_reads_the_finding_in_words() {
 #[test]
 fn an_agent_that_never_says_hello_is_a_finding_with_the_end_of_the_console() {
     // In this mode the agent prints its report and listens to nobody.
-    let outcome = run(&["run", "--json", "--cmdline", "agent.report=serial", "--timeout", "1"])
+    let outcome = run(&["run", "--json", "--cmdline", "agent.report=serial", "--timeout", "60"])
         .expect_status(1);
     let json = outcome.json();
     let name = names(&json)[0];

@@ -71,7 +71,9 @@ impl FromStr for Setting {
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// This host shows no hierarchy for a controller.
-    #[error("make control group: no hierarchy with the controller {0} is mounted")]
+    #[error(
+        "make control group: no hierarchy with the controller {0} is mounted in /sys/fs/cgroup"
+    )]
     NoHierarchy(String),
     /// A controller cannot be had below the caller's group.
     #[error("enable controller {controller} in {parent:?}")]
@@ -161,18 +163,17 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`].
     pub fn make(plan: &CgroupPlan, id: &Id, janitor: &mut Janitor) -> Result<Self, CgroupError> {
-        let hierarchies =
-            Hierarchy::all(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
+        let own = read("/proc/self/cgroup")?;
         let mut cgroup = Self { groups: Vec::new() };
         let limits = plan.limits();
         let mut limited = Vec::new();
         for limit in &limits {
-            limited.push(cgroup.add(limit.controller, &hierarchies, plan, id, janitor)?);
+            limited.push(cgroup.add(limit.controller, &own, plan, id, janitor)?);
         }
         for setting in &plan.settings {
             // A file is named for its controller.
             let (controller, _) = setting.file.split_once('.').unwrap_or_default();
-            cgroup.add(controller, &hierarchies, plan, id, janitor)?;
+            cgroup.add(controller, &own, plan, id, janitor)?;
         }
         for (limit, group) in limits.iter().zip(limited) {
             cgroup.groups[group].limit(limit)?;
@@ -220,20 +221,18 @@ impl Cgroup {
     fn add(
         &mut self,
         controller: &str,
-        hierarchies: &[Hierarchy],
+        own: &str,
         plan: &CgroupPlan,
         id: &Id,
         janitor: &mut Janitor,
     ) -> Result<usize, CgroupError> {
-        let hierarchy = hierarchies
-            .iter()
-            .find(|hierarchy| hierarchy.has(controller))
-            .or_else(|| hierarchies.iter().find(|hierarchy| offers(hierarchy, controller)))
+        let hierarchy = Hierarchy::of(controller, own, Path::exists)
+            .filter(|hierarchy| hierarchy.version == Version::V1 || offers(hierarchy, controller))
             .ok_or_else(|| CgroupError::NoHierarchy(controller.into()))?;
         let parent = match (&plan.parent, hierarchy.version) {
             (Some(parent), _) => hierarchy.top.join(parent.strip_prefix("/").unwrap_or(parent)),
             (None, Version::V1) => hierarchy.own.clone(),
-            (None, Version::V2) => group_to_grow(hierarchy).to_path_buf(),
+            (None, Version::V2) => group_to_grow(&hierarchy).to_path_buf(),
         };
         if hierarchy.version == Version::V2 {
             pass_on(&parent, controller)?;
@@ -315,11 +314,10 @@ impl CgroupPlan {
     }
 }
 
-/// Whether this is a hierarchy of version 2 that has `controller`: a host with version 1 may show one that has few or none.
+/// Whether this hierarchy of version 2 has `controller`: beside version 1 it may have few or none.
 fn offers(hierarchy: &Hierarchy, controller: &str) -> bool {
-    hierarchy.version == Version::V2
-        && read(hierarchy.top.join("cgroup.controllers"))
-            .is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
+    let controllers = read(hierarchy.top.join("cgroup.controllers"));
+    controllers.is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
 }
 
 /// The group of version 2 in which a new one can have controllers. This process's own cannot, since this process is in it
@@ -371,7 +369,7 @@ fn write(dir: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
 
 fn read(path: impl AsRef<Path>) -> Result<String, CgroupError> {
     /// These files do not tell their size, and the standard library would begin with some bytes.
-    const ENOUGH: usize = 8192;
+    const ENOUGH: usize = 2048;
     let path = path.as_ref();
     let mut text = String::with_capacity(ENOUGH);
     File::open(path)

@@ -1,7 +1,10 @@
-//! Where the kernel shows control groups, read from what it says about mounts and about this process. Pure: text in,
-//! places out.
+//! Where the kernel shows control groups: at the places that systemd's "Control Group APIs and Delegation" fixes for all
+//! programs, so that nobody has to search the list of mounts. Pure: text in, places out.
 
 use std::path::{Path, PathBuf};
+
+/// Where everything about control groups is.
+const TOP: &str = "/sys/fs/cgroup";
 
 /// Which interface a hierarchy has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +19,6 @@ pub enum Version {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     pub version: Version,
-    /// Controllers of a hierarchy of version 1; the other says itself which ones it has.
-    controllers: Vec<String>,
     /// Where it is mounted.
     pub top: PathBuf,
     /// The directory of this process's own group.
@@ -25,119 +26,92 @@ pub struct Hierarchy {
 }
 
 impl Hierarchy {
-    /// Every hierarchy that is mounted, from the contents of `/proc/self/mountinfo` and `/proc/self/cgroup` (proc(5)).
-    pub fn all(mountinfo: &str, own: &str) -> Vec<Self> {
-        mountinfo.lines().filter_map(|line| Self::parse(line, own)).collect()
+    /// The hierarchy of version 1 that has `controller`, or else that of version 2, which says itself what it has. `own` is the
+    /// content of `/proc/self/cgroup` (cgroups(7)), `exists` whether there is something at a path.
+    pub fn of(controller: &str, own: &str, exists: impl Fn(&Path) -> bool) -> Option<Self> {
+        let v1 = own_group(own, |names| names.split(',').any(|name| name == controller));
+        if let Some(group) = v1 {
+            return Self::at(Version::V1, Path::new(TOP).join(controller), group, &exists);
+        }
+        let group = own_group(own, str::is_empty)?;
+        let is_v2 = |top: &PathBuf| exists(&top.join("cgroup.controllers"));
+        // Beside hierarchies of version 1 it has a place among them.
+        let top = [PathBuf::from(TOP), Path::new(TOP).join("unified")].into_iter().find(is_v2)?;
+        Self::at(Version::V2, top, group, &exists)
     }
 
-    /// One of the lines, if it is about control groups:
-    /// `36 31 0:33 /root-of-mount /mount/point rw,relatime - cgroup cgroup rw,memory`.
-    fn parse(line: &str, own: &str) -> Option<Self> {
-        let (place, filesystem) = line.split_once(" - ")?;
-        let mut filesystem = filesystem.split(' ');
-        let version = match filesystem.next()? {
-            "cgroup" => Version::V1,
-            "cgroup2" => Version::V2,
-            _ => return None,
-        };
-        let mut place = place.split(' ').skip(3);
-        let (root, top) = (unescape(place.next()?), unescape(place.next()?));
-        let controllers: Vec<String> = match version {
-            Version::V1 => filesystem.nth(1)?.split(',').map(str::to_owned).collect(),
-            Version::V2 => Vec::new(),
-        };
-        let own = own_path(own, |names| match version {
-            Version::V1 => names.split(',').any(|name| controllers.iter().any(|c| c == name)),
-            Version::V2 => names.is_empty(),
-        })?;
-        // A container may see a part of the hierarchy; what is outside of that part it cannot name.
-        let own = Path::new(own).strip_prefix(&root).unwrap_or(Path::new(""));
-        let top = PathBuf::from(top);
-        Some(Self { version, controllers, own: top.join(own), top })
-    }
-
-    /// Whether this is a hierarchy of version 1 with `controller`.
-    pub fn has(&self, controller: &str) -> bool {
-        self.controllers.iter().any(|name| name == controller)
+    fn at(
+        version: Version,
+        top: PathBuf,
+        group: &str,
+        exists: impl Fn(&Path) -> bool,
+    ) -> Option<Self> {
+        let own = top.join(group.trim_start_matches('/'));
+        // A container may see no more than its own group, at the top, and the path of that group on the host.
+        let own = if exists(&own) { own } else { top.clone() };
+        exists(&own).then_some(Self { version, top, own })
     }
 }
 
-/// The path in the line `ID:names:path` of `/proc/self/cgroup` whose names are the wanted ones.
-fn own_path(own: &str, wanted: impl Fn(&str) -> bool) -> Option<&str> {
+/// The path in the line `ID:names:path` whose names are the wanted ones.
+fn own_group(own: &str, wanted: impl Fn(&str) -> bool) -> Option<&str> {
     own.lines().find_map(|line| {
         let (names, path) = line.split_once(':')?.1.split_once(':')?;
         wanted(names).then_some(path)
     })
 }
 
-/// Spaces, tabs, line feeds and backslashes of paths are written in octal (proc(5)).
-fn unescape(path: &str) -> String {
-    if !path.contains('\\') {
-        return path.to_owned();
-    }
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .into_iter()
-        .fold(path.to_owned(), |path, (code, character)| path.replace(code, character))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const V1: &str = "\
-31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
-32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
-35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
-40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd
-41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
-";
-    const V1_OWN: &str = "9:name=systemd:/\n4:memory:/box/17\n1:cpu,cpuacct:/\n0::/\n";
+    const V1: &str = "9:name=systemd:/\n4:memory:/box/17\n1:cpu,cpuacct:/\nbroken\n0::/\n";
 
-    fn check(mountinfo: &str, own: &str, controller: &str, expected: Option<(&str, &str)>) {
-        let all = Hierarchy::all(mountinfo, own);
-        let found = all.iter().find(|hierarchy| match controller {
-            "" => hierarchy.version == Version::V2,
-            name => hierarchy.has(name),
-        });
-        let found = found.map(|h| (h.top.to_str().unwrap(), h.own.to_str().unwrap()));
-        assert_eq!(found, expected, "{controller}");
+    /// `present` is what exists; `expected` is version, top and own group.
+    fn check(
+        own: &str,
+        controller: &str,
+        present: &[&str],
+        expected: Option<(Version, &str, &str)>,
+    ) {
+        let exists = |path: &Path| present.iter().any(|present| path == Path::new(present));
+        let found = Hierarchy::of(controller, own, exists);
+        let found =
+            found.as_ref().map(|h| (h.version, h.top.to_str().unwrap(), h.own.to_str().unwrap()));
+        let without_slash = found.map(|(v, top, own)| (v, top, own.trim_end_matches('/')));
+        assert_eq!(without_slash, expected, "{controller}");
     }
 
     #[test]
     fn each_controller_of_version_1_has_its_hierarchy() {
-        check(
-            V1,
-            V1_OWN,
-            "memory",
-            Some(("/sys/fs/cgroup/memory", "/sys/fs/cgroup/memory/box/17")),
-        );
-        let cpu = "/sys/fs/cgroup/cpu,cpuacct";
-        check(V1, V1_OWN, "cpu", Some((cpu, &format!("{cpu}/"))));
-        check(V1, V1_OWN, "pids", None);
-        check(V1, V1_OWN, "", Some(("/sys/fs/cgroup/unified", "/sys/fs/cgroup/unified/")));
+        let (cpu, memory) = ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory");
+        let own = "/sys/fs/cgroup/memory/box/17";
+        check(V1, "memory", &[memory, own], Some((Version::V1, memory, own)));
+        check(V1, "cpu", &[cpu], Some((Version::V1, cpu, cpu)));
+        check(V1, "memory", &[], None);
+    }
+
+    #[test]
+    fn what_version_1_does_not_have_version_2_may() {
+        let (unified, file) =
+            ("/sys/fs/cgroup/unified", "/sys/fs/cgroup/unified/cgroup.controllers");
+        check(V1, "pids", &[unified, file], Some((Version::V2, unified, unified)));
+        check(V1, "pids", &[unified], None);
     }
 
     #[test]
     fn version_2_has_one_for_all() {
-        let mountinfo = "30 23 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
         let own = "0::/user.slice/user-0.slice/session-1.scope\n";
-        let place = "/sys/fs/cgroup/user.slice/user-0.slice/session-1.scope";
-        check(mountinfo, own, "", Some(("/sys/fs/cgroup", place)));
-        check(mountinfo, own, "memory", None);
+        let (top, file) = ("/sys/fs/cgroup", "/sys/fs/cgroup/cgroup.controllers");
+        let group = "/sys/fs/cgroup/user.slice/user-0.slice/session-1.scope";
+        check(own, "memory", &[top, file, group], Some((Version::V2, top, group)));
+        check(own, "cpu", &[top, file, group], Some((Version::V2, top, group)));
+        check("", "cpu", &[top, file, group], None);
     }
 
     #[test]
     fn a_container_sees_its_part() {
-        let mountinfo = "35 31 0:32 /docker/ab /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory";
-        let top = "/sys/fs/cgroup/memory";
-        check(mountinfo, "4:memory:/docker/ab", "memory", Some((top, &format!("{top}/"))));
-        check(mountinfo, "4:memory:/docker/ab/x", "memory", Some((top, &format!("{top}/x"))));
-        check(mountinfo, "4:memory:/", "memory", Some((top, &format!("{top}/"))));
-    }
-
-    #[test]
-    fn odd_paths_and_odd_lines_are_read_too() {
-        let mountinfo = "1 1 0:1 / /a\\040b\\134 rw - cgroup2 none rw\nbroken\n1 2 3 - cgroup\n";
-        check(mountinfo, "broken\n0::/x", "", Some(("/a b\\", "/a b\\/x")));
+        let memory = "/sys/fs/cgroup/memory";
+        check("4:memory:/docker/ab", "memory", &[memory], Some((Version::V1, memory, memory)));
     }
 }

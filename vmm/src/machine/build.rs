@@ -43,9 +43,10 @@ pub fn launch(
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
+    // This thread sleeps now and then while KVM builds the machine; that one uses the time.
+    let thread = EventLoopThread::spawn(config.seccomp)?;
     let (supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
-    let thread = EventLoopThread::spawn(config.seccomp)?;
 
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
