@@ -7,12 +7,16 @@ mod harness;
 
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
 mod bad_input;
+/// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
+mod counters;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.
 mod elsewhere;
 /// A thousand resets leave nothing behind on the host.
 mod endurance;
+/// `--inject`: each step that a reset leaves out on purpose is found under its name.
+mod faults;
 /// What must not be there is found, by name and by exit status.
 mod findings;
 /// `--kernel`: other guests, and the ways in which they end.

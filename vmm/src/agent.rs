@@ -83,6 +83,30 @@ impl Agent {
         }
     }
 
+    /// Has the guest leave its performance counters dirty, and the first one `overflow_in` cycles before an overflow that
+    /// interrupts. A guest without counters refuses, which is no error.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn arm_pmu(&mut self, overflow_in: u64) -> Result<(), AgentError> {
+        match self.ask(&Request::ArmPmu { overflow_in })? {
+            Reply::Done | Reply::Refused(_) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Keeps the guest's processor busy until it has had another NMI than the `seen` first ones, or for `ticks` of its
+    /// time stamp counter.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn await_nmi(&mut self, seen: u32, ticks: u64) -> Result<(), AgentError> {
+        match self.ask(&Request::AwaitNmi { seen, ticks })? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest reset its machine. The conversation ends with its life.
     ///
     /// # Errors
@@ -144,6 +168,7 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Pong(_) => "with a pong".into(),
         Reply::Echo(_) => "with an echo".into(),
         Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
+        Reply::Done => "that it is done".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

@@ -8,7 +8,7 @@ use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
 use crate::machine::{Event, Handle, MachineError, NmiOutcome, Stop};
-use crate::verify::{Failure, FailureKind, Life};
+use crate::verify::{self, Failure, FailureKind, Life};
 
 /// What to do with a machine.
 #[derive(Clone, Debug)]
@@ -19,9 +19,20 @@ pub struct Plan {
     pub causes: Vec<Cause>,
     /// NMIs to inject into the first life.
     pub nmis: u32,
+    /// Whether the agent leaves its performance counters running and dirty before each reset.
+    pub arms_pmu: bool,
+    /// Whether each later life gets an NMI that was meant for the one before ([`crate::fault::Fault::NmiAfterReset`]).
+    pub late_nmi: bool,
     /// How long to wait for each answer.
     pub timeout: Duration,
 }
+
+/// How far from its overflow a counter is left running before a reset: a tenth of a second. If it survives, the next life
+/// is far enough by then to take the NMI.
+const OVERFLOW_IN_CYCLES: u64 = 1 << 28;
+
+/// How long an overflow may take to become an NMI, on a busy host: a second or less.
+const DELIVERY_TICKS: u64 = 1 << 31;
 
 /// Why a machine did not get to the end of its plan, apart from what its lives tell.
 #[derive(Debug, thiserror::Error)]
@@ -119,9 +130,25 @@ impl Leader<'_> {
                 self.inject_nmi(&mut agent)?;
             }
         }
-        record.report = Some(self.report(&mut agent)?);
+        if record.life > 1 && self.plan.late_nmi {
+            self.inject_nmi(&mut agent)?;
+        }
+        let mut report = self.report(&mut agent)?;
+        if let Some(ticks) = verify::ticks_to_overflow(&report) {
+            // A counter was left running. What it does in the end belongs to the verdict.
+            let waited = agent.await_nmi(report.nmi.total, ticks.saturating_add(DELIVERY_TICKS));
+            waited.map_err(|error| self.explain(error, FailureKind::NoReport))?;
+            report = self.report(&mut agent)?;
+        }
+        record.report = Some(report);
         match reset {
-            Some(cause) => self.reset(&mut agent, cause).map(Some),
+            Some(cause) => {
+                if self.plan.arms_pmu {
+                    let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
+                    armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
+                }
+                self.reset(&mut agent, cause).map(Some)
+            }
             None => Ok(None),
         }
     }

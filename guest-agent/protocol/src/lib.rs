@@ -20,7 +20,7 @@ pub use report::{
 };
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;

@@ -71,6 +71,9 @@ impl Agent {
         for (level, text) in lines {
             self.log(level, text);
         }
+        if pmu::has_driver(&report.status) {
+            gate::deliver_overflows_as_nmis();
+        }
         self.pmu = Some(report);
     }
 
@@ -132,6 +135,19 @@ impl Agent {
         }
     }
 
+    fn arm_pmu(&mut self, overflow_in: u64) -> Reply {
+        self.finish_boot();
+        match &self.pmu {
+            Some(report) if pmu::has_driver(&report.status) => {
+                match pmu::arm(&report.cpuid, overflow_in, &mut gate::CpuMsrs) {
+                    true => Reply::Done,
+                    false => Reply::Refused("a PMU register took no value".into()),
+                }
+            }
+            _ => Reply::Refused("there are no performance counters".into()),
+        }
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -172,6 +188,14 @@ impl Answer for Agent {
             Request::NmiSelfTest => Reply::NmiSelfTest { delivered: self.nmi_self_test() },
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
+            Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
+            Request::AwaitNmi { seen, ticks } => {
+                let began = tsc::now();
+                while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {
+                    core::hint::spin_loop();
+                }
+                Reply::Done
+            }
         })
     }
 

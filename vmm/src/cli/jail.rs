@@ -24,6 +24,7 @@ const THREADS_BEYOND_VCPUS: u64 = 8;
 const DESCRIPTORS: u64 = 8192;
 
 #[derive(Debug, Args)]
+#[group(id = "jail")]
 #[command(next_help_heading = "Jail")]
 pub(super) struct Arguments {
     /// Run the machine in this process, with all its rights: no namespaces, limits or system call filters

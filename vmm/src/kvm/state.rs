@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use super::KvmError;
 use super::pmu::{self, PmuAbsence};
 use super::tsc::TscOffset;
+use crate::fault::{Fault, Faults};
 
 /// Set back by its offset; see `tsc`.
 const MSR_TSC: u32 = 0x10;
@@ -100,7 +101,8 @@ pub struct PowerOnState {
     debug_regs: kvm_debugregs,
     lapic: kvm_lapic_state,
     mp_state: kvm_mp_state,
-    events: kvm_vcpu_events,
+    /// None if a reset is to leave them alone.
+    events: Option<kvm_vcpu_events>,
     pv: Vec<kvm_msr_entry>,
     leave_vmx: Vec<kvm_msr_entry>,
     msrs: Vec<kvm_msr_entry>,
@@ -109,7 +111,7 @@ pub struct PowerOnState {
 }
 
 impl PowerOnState {
-    /// Captures a vCPU that is completely set up and has not run.
+    /// Captures a vCPU that is completely set up and has not run. What is put back leaves out what `faults` say.
     ///
     /// # Errors
     /// [`KvmError::Request`] naming what KVM did not give.
@@ -118,6 +120,7 @@ impl PowerOnState {
         vcpu: &VcpuFd,
         cpuid: &CpuId,
         pmu_absence: PmuAbsence,
+        faults: &Faults,
     ) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::request("list the MSRs"))?;
         let listed = listed.as_slice();
@@ -125,9 +128,8 @@ impl PowerOnState {
         let msrs = read_msrs(vcpu, &generic_msrs(listed, mcg_cap))?;
         let has_feature_control = msrs.iter().any(|msr| msr.index == MSR_FEATURE_CONTROL);
         let offered = |(index, _): &&(u32, u64)| listed.contains(index);
-        let pmu = pmu_writes(vcpu, cpuid, pmu_absence)?;
-        // The first life starts as every later one does: KVM before Linux 6.12 leaves the global enables at zero.
-        write_msrs(vcpu, &pmu)?;
+        // The first life starts as every later one should: KVM before Linux 6.12 leaves the global enables at zero.
+        write_msrs(vcpu, &pmu_writes(vcpu, cpuid, pmu_absence, &Faults::default())?)?;
         Ok(Self {
             regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
@@ -138,7 +140,7 @@ impl PowerOnState {
                 .map_err(KvmError::request("get the debug registers"))?,
             lapic: vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?,
             mp_state: vcpu.get_mp_state().map_err(KvmError::request("get the run state"))?,
-            events: no_events(kvm),
+            events: (!faults.has(Fault::NmiQueued)).then(|| no_events(kvm)),
             pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
             leave_vmx: has_feature_control
                 .then(|| entry(&(MSR_FEATURE_CONTROL, 0)))
@@ -146,7 +148,7 @@ impl PowerOnState {
                 .collect(),
             msrs,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
-            pmu,
+            pmu: pmu_writes(vcpu, cpuid, pmu_absence, faults)?,
         })
     }
 
@@ -179,7 +181,9 @@ impl PowerOnState {
         write_msrs(vcpu, &self.pmu)?;
         // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
         vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;
-        vcpu.set_vcpu_events(&self.events).map_err(KvmError::request("cancel queued events"))?;
+        if let Some(events) = &self.events {
+            vcpu.set_vcpu_events(events).map_err(KvmError::request("cancel queued events"))?;
+        }
         vcpu.set_mp_state(self.mp_state).map_err(KvmError::request("put back the run state"))
     }
 }
@@ -194,11 +198,12 @@ fn pmu_writes(
     vcpu: &VcpuFd,
     cpuid: &CpuId,
     absence: PmuAbsence,
+    faults: &Faults,
 ) -> Result<Vec<kvm_msr_entry>, KvmError> {
     if !absence.guest_may_count() {
         return Ok(Vec::new());
     }
-    let sequence = pmu::reset_sequence(cpuid);
+    let sequence = pmu::reset_sequence(cpuid, faults);
     let indices: Vec<u32> = sequence.iter().map(|(index, _)| *index).collect();
     let there = read_msrs(vcpu, &indices)?;
     let is_there = |(index, _): &&(u32, u64)| there.iter().any(|msr| msr.index == *index);

@@ -9,6 +9,7 @@ use agent_protocol::Cause;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::vcpu_thread::VcpuThread;
 use super::{
     Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
 };
@@ -97,7 +98,7 @@ impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
     }
 }
 
-/// The machine in its own event loop: messages from vCPUs and the handle, and signals.
+/// The machine in its own event loop: messages from vCPUs and the handle, timers of emulated counters, and signals.
 struct MachineEvents {
     machine: Machine,
     interrupts: Interrupts,
@@ -108,12 +109,22 @@ impl MutEventSubscriber for MachineEvents {
     fn init(&mut self, ops: &mut EventOps) {
         watch(ops, &*self.machine.wake);
         watch(ops, &self.interrupts);
+        self.machine
+            .vcpus
+            .iter()
+            .filter_map(|(thread, _)| thread.pmu())
+            .for_each(|pmu| watch(ops, pmu));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let stop = if events.fd() == self.interrupts.as_raw_fd() {
+        let fd = events.fd();
+        let is_timer = |thread: &VcpuThread| thread.pmu().is_some_and(|pmu| pmu.as_raw_fd() == fd);
+        let stop = if fd == self.interrupts.as_raw_fd() {
             self.interrupts.take();
             Some(Stop::Interrupted)
+        } else if let Some((thread, _)) = self.machine.vcpus.iter().find(|(t, _)| is_timer(t)) {
+            thread.check_counters();
+            None
         } else {
             let _ = self.machine.wake.read();
             self.machine.handle_messages()

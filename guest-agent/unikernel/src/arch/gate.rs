@@ -162,6 +162,13 @@ pub fn cpu_facts() -> CpuFacts {
     CpuFacts { pmu, tsc_khz }
 }
 
+/// Has the local APIC deliver overflows of performance counters as NMIs, as Linux's driver does (LVTPC, x2APIC mode).
+pub fn deliver_overflows_as_nmis() {
+    const X2APIC_LVT_COUNTERS: u32 = 0x834;
+    const NMI: u64 = 0x400;
+    CpuMsrs.run(&mut [MsrOperation::write(X2APIC_LVT_COUNTERS, NMI)]);
+}
+
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).
 pub fn send_self_nmi() {
     const X2APIC_ID: u32 = 0x802;

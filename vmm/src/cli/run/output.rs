@@ -9,9 +9,11 @@ use std::io::{self, IsTerminal, Write};
 use agent_protocol::PmuStatus;
 use serde::Serialize;
 
+use crate::device::pmu::Shape;
+use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
-use crate::machine::{GuestStats, Handle};
+use crate::machine::{Config, GuestStats, Handle};
 use crate::verify::{Expectations, Finding, Life};
 
 /// Above this many resets the table has a row for each cause instead of each life.
@@ -24,6 +26,9 @@ pub(super) struct Summary<'a> {
     findings: &'a [Finding],
     host: &'a HostInfo,
     pmu: Pmu,
+    /// Steps that the resets left out on purpose.
+    #[serde(skip_serializing_if = "Faults::is_empty")]
+    injected: &'a Faults,
     guest: GuestStats,
     /// Findings that this host cannot show, with the reason.
     unchecked: Vec<(&'static str, &'static str)>,
@@ -34,26 +39,41 @@ struct Pmu {
     policy: PmuPolicy,
     /// What made it absent.
     absence: PmuAbsence,
+    /// The emulated counters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shape: Option<Shape>,
 }
 
 impl Pmu {
-    fn words(&self) -> &'static str {
-        match self.absence {
+    fn words(&self) -> String {
+        let words = match self.absence {
             PmuAbsence::Capability => "PMU off by KVM_CAP_PMU_CAPABILITY and CPUID",
             PmuAbsence::ModuleParameter => "PMU off by kvm.enable_pmu=N and CPUID",
             PmuAbsence::CpuidOnly => "PMU off by CPUID alone (this kernel cannot disable it)",
             PmuAbsence::NotAbsent => "PMU as KVM gives it",
+            PmuAbsence::Emulated => "PMU emulated",
+        };
+        match self.shape {
+            Some(shape) => format!("{words}, {shape}"),
+            None => words.into(),
         }
     }
 }
 
 impl<'a> Summary<'a> {
-    pub fn new(machine: &'a Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
+    pub fn new(
+        machine: &'a Handle,
+        config: &'a Config,
+        expectations: Expectations,
+        findings: &'a [Finding],
+    ) -> Self {
+        let shape = (config.pmu == PmuPolicy::Emulated).then_some(config.pmu_shape);
         Self {
             verdict: if findings.is_empty() { "clean" } else { "findings" },
             findings,
             host: machine.host_info(),
-            pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence() },
+            pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence(), shape },
+            injected: &config.faults,
             guest: machine.guest_stats(),
             unchecked: expectations.unchecked(),
         }
@@ -153,6 +173,10 @@ impl Output {
         }
         let HostInfo { kernel, kvm, .. } = summary.host;
         let _ = writeln!(text, "host: Linux {kernel}, {}; {}", kvm.name(), summary.pmu.words());
+        if !summary.injected.is_empty() {
+            let names: Vec<_> = summary.injected.iter().map(Fault::name).collect();
+            let _ = writeln!(text, "injected: the resets left out {}", names.join(", "));
+        }
         let lives = plural(self.lives as usize, "life", "lives");
         let _ = match summary.findings.len() {
             0 => writeln!(text, "clean: {lives}, no findings"),
