@@ -25,5 +25,7 @@ mod guests;
 mod hostile;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
+/// `--poison`: state that was dirty before a reset is clean after it, item by item.
+mod residue;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;

@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
-use agent_protocol::{GuestReset, Hello, PROTOCOL_VERSION, Reply, Report, Request};
+use agent_protocol::{
+    GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report, Request, StateReading,
+};
 use serde::de::DeserializeOwned;
 
 /// Why a conversation ended. A guest can cause all but [`AgentError::Io`].
@@ -79,6 +81,28 @@ impl Agent {
         const NUMBER: u64 = 0x70_696e_6721;
         match self.ask(&Request::Ping(NUMBER))? {
             Reply::Pong(NUMBER) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Asks for the state that a reset restores, as it was before this life changed it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn state(&mut self) -> Result<Vec<StateReading>, AgentError> {
+        match self.ask(&Request::GetState)? {
+            Reply::State(readings) => Ok(readings),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest give all of that state other values.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn poison(&mut self) -> Result<Vec<Poisoning>, AgentError> {
+        match self.ask(&Request::Poison)? {
+            Reply::Poisoned(poisonings) => Ok(poisonings),
             other => Err(unexpected(&other)),
         }
     }
@@ -168,6 +192,8 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Pong(_) => "with a pong".into(),
         Reply::Echo(_) => "with an echo".into(),
         Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
+        Reply::State(_) => "with its state".into(),
+        Reply::Poisoned(_) => "that it is poisoned".into(),
         Reply::Done => "that it is done".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })

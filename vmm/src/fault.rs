@@ -20,6 +20,16 @@ pub enum Fault {
     NmiAfterReset,
     /// The reset comes in the handler of an NMI with another one queued, and no queued event is cancelled
     NmiQueued,
+    /// RAM behind the agent's image keeps its contents
+    RamKept,
+    /// Floating-point and vector registers stay as they are
+    FpuKept,
+    /// Debug registers stay as they are
+    DebugregsKept,
+    /// The timer of the local APIC runs on
+    LapicTimerLeft,
+    /// KVM goes on writing its paravirtual clocks and flags into RAM
+    PvClockLeft,
 }
 
 impl Fault {
@@ -31,14 +41,27 @@ impl Fault {
             Self::GlobalsLeft => "globals-left",
             Self::NmiAfterReset => "nmi-after-reset",
             Self::NmiQueued => "nmi-queued",
+            Self::RamKept => "ram-kept",
+            Self::FpuKept => "fpu-kept",
+            Self::DebugregsKept => "debugregs-kept",
+            Self::LapicTimerLeft => "lapic-timer-left",
+            Self::PvClockLeft => "pv-clock-left",
         }
     }
 
     fn needs_counters(self) -> bool {
-        match self {
-            Self::PmuNotReset | Self::PmuK7Only | Self::GlobalsLeft => true,
-            Self::NmiAfterReset | Self::NmiQueued => false,
-        }
+        matches!(self, Self::PmuNotReset | Self::PmuK7Only | Self::GlobalsLeft)
+    }
+
+    fn needs_poison(self) -> bool {
+        matches!(
+            self,
+            Self::RamKept
+                | Self::FpuKept
+                | Self::DebugregsKept
+                | Self::LapicTimerLeft
+                | Self::PvClockLeft
+        )
     }
 }
 
@@ -56,6 +79,9 @@ pub enum FaultError {
         "--inject {0} needs performance counters: add --pmu emulated, or --pmu host where KVM has some"
     )]
     NoCounters(Fault),
+    /// The state would be as clean without the step.
+    #[error("--inject {0} leaves only what the residue check put there: add --poison")]
+    NoPoison(Fault),
     /// The machine lacks the registers.
     #[error("--inject {0} needs {1}")]
     Lacking(Fault, &'static str),
@@ -70,11 +96,15 @@ pub enum FaultError {
 pub struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// A set of faults that can be seen on a machine with these counters.
+    /// A set of faults that can be seen on a machine with these counters, and with or without the residue check.
     ///
     /// # Errors
     /// [`FaultError`].
-    pub fn new(mut faults: Vec<Fault>, policy: PmuPolicy) -> Result<Self, FaultError> {
+    pub fn new(
+        mut faults: Vec<Fault>,
+        policy: PmuPolicy,
+        poison: bool,
+    ) -> Result<Self, FaultError> {
         faults.sort_by_key(|fault| *fault as u8);
         faults.dedup();
         let faults = Self(faults);
@@ -82,6 +112,11 @@ impl Faults {
             && policy == PmuPolicy::Off
         {
             return Err(FaultError::NoCounters(fault));
+        }
+        if let Some(fault) = faults.iter().find(|fault| fault.needs_poison())
+            && !poison
+        {
+            return Err(FaultError::NoPoison(fault));
         }
         if faults.has(Fault::PmuNotReset) && faults.has(Fault::PmuK7Only) {
             return Err(FaultError::Contradiction(Fault::PmuNotReset, Fault::PmuK7Only));
@@ -123,7 +158,7 @@ mod tests {
     #[test]
     fn faults_that_nothing_could_show_are_refused() {
         let check = |faults: &[Fault], policy, expected: Option<FaultError>| {
-            assert_eq!(Faults::new(faults.to_vec(), policy).err(), expected, "{faults:?}");
+            assert_eq!(Faults::new(faults.to_vec(), policy, true).err(), expected, "{faults:?}");
         };
         use Fault::{GlobalsLeft, NmiAfterReset, NmiQueued, PmuK7Only, PmuNotReset};
         for fault in [PmuNotReset, PmuK7Only, GlobalsLeft] {
@@ -140,9 +175,18 @@ mod tests {
     }
 
     #[test]
+    fn without_poison_state_that_nobody_touched_shows_nothing() {
+        for fault in Fault::value_variants() {
+            let error = Faults::new(vec![*fault], PmuPolicy::Emulated, false).err();
+            let expected = fault.needs_poison().then_some(FaultError::NoPoison(*fault));
+            assert_eq!(error, expected, "{fault}");
+        }
+    }
+
+    #[test]
     fn a_fault_that_is_named_twice_is_one() {
         let faults = vec![Fault::NmiQueued, Fault::GlobalsLeft, Fault::NmiQueued];
-        let faults = Faults::new(faults, PmuPolicy::Emulated).unwrap();
+        let faults = Faults::new(faults, PmuPolicy::Emulated, false).unwrap();
         assert_eq!(faults.iter().count(), 2);
         assert!(faults.has(Fault::NmiQueued) && !faults.has(Fault::PmuK7Only));
     }

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
+use agent_protocol::{AGENT_PORT, Cause, GuestReset, Poisoning, Report, StateReading};
 
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
@@ -19,6 +19,8 @@ pub struct Plan {
     pub causes: Vec<Cause>,
     /// NMIs to inject into the first life.
     pub nmis: u32,
+    /// Whether all state is poisoned before each reset, and looked at first thing afterwards.
+    pub poison: bool,
     /// Whether the agent leaves its performance counters running and dirty before each reset.
     pub arms_pmu: bool,
     /// Whether each later life gets an NMI that was meant for the one before ([`crate::fault::Fault::NmiAfterReset`]).
@@ -64,8 +66,9 @@ pub fn lead(
 ) -> Result<(), LifecycleError> {
     let mut causes = plan.causes.iter().copied().cycle().take(plan.resets as usize);
     let mut current = Beginning { life: 1, cause: Cause::PowerOn, at: started };
+    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new() };
     loop {
-        let (life, next) = Leader { machine, plan }.live(current, causes.next())?;
+        let (life, next) = leader.live(current, causes.next())?;
         on_life(&life);
         match next {
             Some(next) => current = next,
@@ -85,6 +88,10 @@ struct Beginning {
 struct Leader<'a> {
     machine: &'a Handle,
     plan: &'a Plan,
+    /// The state of the first life before it was poisoned, for the residue check.
+    power_on: Option<Vec<StateReading>>,
+    /// What the life before was poisoned with.
+    poisoned: Vec<Poisoning>,
 }
 
 /// A life that went wrong, or an end of everything.
@@ -102,11 +109,12 @@ impl From<LifecycleError> for Trouble {
 impl Leader<'_> {
     /// One life from its beginning to the reset by `cause`, or to its end if there is none.
     fn live(
-        &self,
+        &mut self,
         Beginning { life, cause, at }: Beginning,
         reset: Option<Cause>,
     ) -> Result<(Life, Option<Beginning>), LifecycleError> {
-        let mut record = Life { life, cause, hello_us: None, report: None, failure: None };
+        let mut record =
+            Life { life, cause, hello_us: None, report: None, residue: Vec::new(), failure: None };
         match self.live_through(&mut record, at, reset) {
             Ok(next) => Ok((record, next)),
             Err(Trouble::Life(failure)) => {
@@ -118,13 +126,16 @@ impl Leader<'_> {
     }
 
     fn live_through(
-        &self,
+        &mut self,
         record: &mut Life,
         began: Instant,
         reset: Option<Cause>,
     ) -> Result<Option<Beginning>, Trouble> {
         let mut agent = self.hello()?;
         record.hello_us = Some(began.elapsed().as_micros() as u64);
+        if self.plan.poison {
+            self.look_for_residue(&mut agent, record)?;
+        }
         if record.life == 1 {
             for _ in 0..self.plan.nmis {
                 self.inject_nmi(&mut agent)?;
@@ -143,6 +154,10 @@ impl Leader<'_> {
         record.report = Some(report);
         match reset {
             Some(cause) => {
+                if self.plan.poison {
+                    let poisoned = agent.poison();
+                    self.poisoned = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                }
                 if self.plan.arms_pmu {
                     let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
                     armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
@@ -151,6 +166,16 @@ impl Leader<'_> {
             }
             None => Ok(None),
         }
+    }
+
+    /// The first thing that a life is asked.
+    fn look_for_residue(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
+        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport))?;
+        match &self.power_on {
+            Some(power_on) => record.residue = verify::compare(power_on, &self.poisoned, &state),
+            None => self.power_on = Some(state),
+        }
+        Ok(())
     }
 
     fn hello(&self) -> Result<Agent, Trouble> {

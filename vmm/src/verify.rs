@@ -2,6 +2,7 @@
 
 mod dmesg;
 mod pmu;
+mod residue;
 
 use agent_protocol::{Cause, NmiRecord, Report};
 use serde::Serialize;
@@ -10,6 +11,7 @@ use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 
 pub use pmu::ticks_to_overflow;
+pub use residue::{Outcome, Residue, compare};
 
 /// One life of a machine, as host and agent saw it.
 #[derive(Clone, Debug, Serialize)]
@@ -23,6 +25,9 @@ pub struct Life {
     pub hello_us: Option<u64>,
     /// What the agent reported; none if it could not be had.
     pub report: Option<Report>,
+    /// What became of the state that was poisoned before the reset, if it was.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub residue: Vec<Residue>,
     /// Why there is no report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -131,6 +136,7 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
     if let Some(failure) = &life.failure {
         add(failure.kind.name(), failure.detail.clone());
     }
+    residue::check(&life.residue, &mut add);
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
         if expectations.kvm != KvmKind::Software {

@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Report;
+use crate::{Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,10 @@ pub enum Request {
         /// In how many cycles the running counter overflows, with its interrupt enabled.
         overflow_in: u64,
     },
+    /// Send the state that a reset restores, as it was before this life changed it.
+    GetState,
+    /// Give all of that state values that it does not have after a reset.
+    Poison,
     /// Keep the processor busy until another NMI has come than those seen, or for so many cycles.
     AwaitNmi {
         /// How many NMIs the host knows of.
@@ -66,6 +70,10 @@ pub enum Reply {
         /// True if the handler ran.
         delivered: bool,
     },
+    /// To [`Request::GetState`].
+    State(Vec<StateReading>),
+    /// To [`Request::Poison`].
+    Poisoned(Vec<Poisoning>),
     /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
     Done,
     /// The request could not be carried out; the connection stays usable.

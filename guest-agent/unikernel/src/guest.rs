@@ -15,6 +15,7 @@ use agent_protocol::{
 
 use crate::arch::{gate, port, pvh, records, tsc};
 use crate::dma;
+use crate::machine_state;
 
 /// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
 const PATIENCE: u32 = 1 << 18;
@@ -189,6 +190,8 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
+            Request::GetState => Reply::State(machine_state::read()),
+            Request::Poison => Reply::Poisoned(machine_state::poison()),
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();
                 while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {

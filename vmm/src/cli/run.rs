@@ -73,6 +73,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N")]
     pmu_seed: Option<u64>,
 
+    /// Give all state another value than it has after a reset before each one, and look at it first thing afterwards
+    #[arg(long, conflicts_with = "kernel")]
+    poison: bool,
+
     /// Leave out this step of each reset, to see that the verdict finds it; may be repeated
     #[arg(long, value_enum, value_name = "FAULT", conflicts_with = "kernel")]
     inject: Vec<Fault>,
@@ -124,8 +128,8 @@ pub(super) struct Arguments {
 enum UsageError {
     #[error("{0} describes the emulated counters: add --pmu emulated")]
     NotEmulated(&'static str),
-    #[error("--inject shows after a reset: add --resets N")]
-    NoReset,
+    #[error("{0} shows after a reset: add --resets N")]
+    NoReset(&'static str),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -179,9 +183,11 @@ impl Arguments {
     }
 
     fn faults(&self) -> Result<Faults, Error> {
-        let faults = Faults::new(self.inject.clone(), self.pmu)?;
-        if !faults.is_empty() && self.resets == 0 {
-            return Err(UsageError::NoReset.into());
+        let faults = Faults::new(self.inject.clone(), self.pmu, self.poison)?;
+        for (option, is_given) in [("--inject", !faults.is_empty()), ("--poison", self.poison)] {
+            if is_given && self.resets == 0 {
+                return Err(UsageError::NoReset(option).into());
+            }
         }
         Ok(faults)
     }
@@ -209,6 +215,7 @@ fn lead(
         resets: arguments.resets,
         causes: arguments.reset_via.clone(),
         nmis: arguments.nmi,
+        poison: arguments.poison,
         arms_pmu: arguments.pmu != PmuPolicy::Off,
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),

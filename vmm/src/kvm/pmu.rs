@@ -168,7 +168,7 @@ pub fn reset_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
 /// [`FaultError::Lacking`].
 pub fn check_faults(cpuid: &CpuId, faults: &Faults) -> Result<(), FaultError> {
     let without = |left_out| {
-        let left_out = Faults::new(vec![left_out], PmuPolicy::Host)?;
+        let left_out = Faults::new(vec![left_out], PmuPolicy::Host, true)?;
         Ok(reset_sequence(cpuid, &left_out).len()
             == reset_sequence(cpuid, &Faults::default()).len())
     };

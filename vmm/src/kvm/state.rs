@@ -101,13 +101,14 @@ pub struct PowerOnState {
     debug_regs: kvm_debugregs,
     lapic: kvm_lapic_state,
     mp_state: kvm_mp_state,
-    /// None if a reset is to leave them alone.
-    events: Option<kvm_vcpu_events>,
+    events: kvm_vcpu_events,
     pv: Vec<kvm_msr_entry>,
     leave_vmx: Vec<kvm_msr_entry>,
     msrs: Vec<kvm_msr_entry>,
     deadline: Vec<kvm_msr_entry>,
     pmu: Vec<kvm_msr_entry>,
+    /// What a restore leaves out.
+    faults: Faults,
 }
 
 impl PowerOnState {
@@ -140,7 +141,7 @@ impl PowerOnState {
                 .map_err(KvmError::request("get the debug registers"))?,
             lapic: vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?,
             mp_state: vcpu.get_mp_state().map_err(KvmError::request("get the run state"))?,
-            events: (!faults.has(Fault::NmiQueued)).then(|| no_events(kvm)),
+            events: no_events(kvm),
             pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
             leave_vmx: has_feature_control
                 .then(|| entry(&(MSR_FEATURE_CONTROL, 0)))
@@ -149,6 +150,7 @@ impl PowerOnState {
             msrs,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
             pmu: pmu_writes(vcpu, cpuid, pmu_absence, faults)?,
+            faults: faults.clone(),
         })
     }
 
@@ -158,22 +160,33 @@ impl PowerOnState {
     /// # Errors
     /// [`KvmError`]; the vCPU is then half of either life and its machine must be dropped.
     pub fn restore(&self, vcpu: &VcpuFd, tsc: TscOffset) -> Result<(), KvmError> {
+        let does = |fault| !self.faults.has(fault);
         // First of all, KVM forgets where in RAM it was to write clocks and flags.
-        write_msrs(vcpu, &self.pv)?;
+        if does(Fault::PvClockLeft) {
+            write_msrs(vcpu, &self.pv)?;
+        }
         // KVM refuses to clear CR4.VMXE of a guest in VMX operation; a zero here takes it out, and its own guest with it.
         // The value at power-on comes with the other MSRs.
         write_msrs(vcpu, &self.leave_vmx)?;
         // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
         // leaves a nested guest of AMD's kind.
         vcpu.set_sregs(&self.sregs).map_err(KvmError::request("put back the system registers"))?;
-        vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
-        // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is enabled
-        // for this process, so the state is no longer than the structure.
-        unsafe { vcpu.set_xsave(&self.xsave) }
-            .map_err(KvmError::request("put back the extended state"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
-        vcpu.set_debug_regs(&self.debug_regs)
-            .map_err(KvmError::request("put back the debug registers"))?;
+        if does(Fault::LapicTimerLeft) {
+            vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
+        } else {
+            lapic_timer_left(vcpu, self.lapic)?;
+        }
+        if does(Fault::FpuKept) {
+            // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is
+            // enabled for this process, so the state is no longer than the structure.
+            unsafe { vcpu.set_xsave(&self.xsave) }
+                .map_err(KvmError::request("put back the extended state"))?;
+            vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
+        }
+        if does(Fault::DebugregsKept) {
+            vcpu.set_debug_regs(&self.debug_regs)
+                .map_err(KvmError::request("put back the debug registers"))?;
+        }
         write_msrs(vcpu, &self.msrs)?;
         // The deadline needs the APIC's timer mode, so after the APIC.
         tsc.apply(vcpu)?;
@@ -181,11 +194,24 @@ impl PowerOnState {
         write_msrs(vcpu, &self.pmu)?;
         // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
         vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;
-        if let Some(events) = &self.events {
-            vcpu.set_vcpu_events(events).map_err(KvmError::request("cancel queued events"))?;
+        if does(Fault::NmiQueued) {
+            vcpu.set_vcpu_events(&self.events)
+                .map_err(KvmError::request("cancel queued events"))?;
         }
         vcpu.set_mp_state(self.mp_state).map_err(KvmError::request("put back the run state"))
     }
+}
+
+/// Puts back the local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]).
+fn lapic_timer_left(vcpu: &VcpuFd, mut reset: kvm_lapic_state) -> Result<(), KvmError> {
+    /// LVT entry, initial count, divide configuration; 32 bits each.
+    const TIMER: [usize; 3] = [0x320, 0x380, 0x3e0];
+    let left = vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?;
+    for register in TIMER {
+        let bytes = register..register + 4;
+        reset.regs[bytes.clone()].copy_from_slice(&left.regs[bytes]);
+    }
+    vcpu.set_lapic(&reset).map_err(KvmError::request("put back the local APIC"))
 }
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {

@@ -46,6 +46,7 @@ pub fn launch(
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
+    config.check_faults()?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {

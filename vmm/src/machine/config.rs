@@ -8,7 +8,7 @@ use crate::boot::{self, BootError, Payload};
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
-use crate::fault::Faults;
+use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
@@ -104,6 +104,14 @@ impl Config {
             words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Refuses to leave RAM as it is where there is none besides the agent's.
+    pub(super) fn check_faults(&self) -> Result<(), FaultError> {
+        match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 16")),
+            false => Ok(()),
+        }
     }
 
     /// Checks that the command line fits in every life that may come.

@@ -9,6 +9,7 @@ use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::Shared;
 use crate::fault::Fault;
+use crate::layout;
 
 impl Machine {
     /// Resets the machine and lets it run its next life. The order is the content: each step relies on those before it.
@@ -35,7 +36,11 @@ impl Machine {
         }
         self.vm.reset_clock()?;
         // 4. With nobody left to write to it, RAM is the template again.
-        self.memory.restore()?;
+        if self.config.faults.has(Fault::RamKept) {
+            self.memory.restore_below(layout::AGENT_END)?;
+        } else {
+            self.memory.restore()?;
+        }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
         if matches!(self.config.payload, Payload::Agent) {

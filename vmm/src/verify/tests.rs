@@ -22,7 +22,14 @@ fn report(life: u32, cause: Cause) -> Report {
 fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
     let mut report = report(number, cause);
     change(&mut report);
-    Life { life: number, cause, hello_us: Some(900), report: Some(report), failure: None }
+    Life {
+        life: number,
+        cause,
+        hello_us: Some(900),
+        report: Some(report),
+        residue: Vec::new(),
+        failure: None,
+    }
 }
 
 fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
@@ -222,8 +229,14 @@ fn a_counter_that_will_interrupt_soon_is_waited_for() {
 #[test]
 fn a_life_without_report_is_a_finding_of_that_life() {
     let failure = Failure { kind: FailureKind::NoHello, detail: "nothing".into() };
-    let dead =
-        Life { life: 2, cause: Cause::Host, hello_us: None, report: None, failure: Some(failure) };
+    let dead = Life {
+        life: 2,
+        cause: Cause::Host,
+        hello_us: None,
+        report: None,
+        residue: Vec::new(),
+        failure: Some(failure),
+    };
     let findings = verdict(PmuPolicy::Off, &[life(1, Cause::PowerOn, |_| {}), dead]);
     assert_eq!(findings, [Finding { name: "no-hello", life: 2, detail: "nothing".into() }]);
 }

@@ -14,7 +14,7 @@ use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
 use crate::machine::{Config, GuestStats, Handle};
-use crate::verify::{Expectations, Finding, Life};
+use crate::verify::{Expectations, Finding, Life, Outcome};
 
 /// Above this many resets the table has a row for each cause instead of each life.
 const MOST_ROWS: u32 = 24;
@@ -88,6 +88,8 @@ pub(super) struct Output {
     progress: bool,
     lives: u32,
     causes: BTreeMap<&'static str, Tally>,
+    /// Of the residue check: how many items came back clean, and how many could not be told, in the last life.
+    residue: Option<(usize, usize)>,
     /// The first failure to print. Told at the end, since the machine lives on without readers.
     failure: Option<io::Error>,
 }
@@ -103,12 +105,27 @@ struct Tally {
 impl Output {
     pub fn new(json: bool, resets: u32) -> Self {
         let progress = resets > MOST_ROWS && io::stderr().is_terminal();
-        Self { json, resets, progress, lives: 0, causes: BTreeMap::new(), failure: None }
+        Self {
+            json,
+            resets,
+            progress,
+            lives: 0,
+            causes: BTreeMap::new(),
+            residue: None,
+            failure: None,
+        }
     }
 
     /// A life is over.
     pub fn life(&mut self, life: &Life) {
         self.lives += 1;
+        if !life.residue.is_empty() {
+            let count =
+                |is: fn(&Outcome) -> bool| life.residue.iter().filter(|r| is(&r.outcome)).count();
+            let reset = count(|outcome| *outcome == Outcome::Reset);
+            let unknown = count(|outcome| matches!(outcome, Outcome::NotPoisonable(_)));
+            self.residue = Some((reset, unknown));
+        }
         if self.progress {
             let total = u64::from(self.resets) + 1;
             let _ = write!(io::stderr(), "\rlife {} of {total}", life.life);
@@ -173,6 +190,13 @@ impl Output {
         }
         let HostInfo { kernel, kvm, .. } = summary.host;
         let _ = writeln!(text, "host: Linux {kernel}, {}; {}", kvm.name(), summary.pmu.words());
+        if let Some((reset, unknown)) = self.residue {
+            let _ = writeln!(
+                text,
+                "residue check of the last life: {} clean, {unknown} not poisonable here",
+                plural(reset, "item", "items")
+            );
+        }
         if !summary.injected.is_empty() {
             let names: Vec<_> = summary.injected.iter().map(Fault::name).collect();
             let _ = writeln!(text, "injected: the resets left out {}", names.join(", "));

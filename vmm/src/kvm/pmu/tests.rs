@@ -140,7 +140,7 @@ fn each_fault_leaves_out_its_own_writes() {
     let core = leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0);
     let v2 = amd(&[core, leaf(0x8000_0022, 1, 6, 0, 0)]);
     let written = |cpuid: &CpuId, faults: &[Fault]| -> Vec<u32> {
-        let faults = Faults::new(faults.to_vec(), PmuPolicy::Host).unwrap();
+        let faults = Faults::new(faults.to_vec(), PmuPolicy::Host, true).unwrap();
         reset_sequence(cpuid, &faults).iter().map(|(index, _)| *index).collect()
     };
     let globals = [0xc000_0301, 0xc000_0300, 0xc000_0302, 0xc000_0301];
@@ -164,7 +164,7 @@ fn each_fault_leaves_out_its_own_writes() {
 fn faults_in_registers_that_are_not_there_are_refused() {
     let core = leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0);
     let check = |cpuid: &CpuId, fault, expected| {
-        let faults = Faults::new(vec![fault], PmuPolicy::Host).unwrap();
+        let faults = Faults::new(vec![fault], PmuPolicy::Host, true).unwrap();
         assert_eq!(check_faults(cpuid, &faults).is_ok(), expected, "{fault}");
     };
     let (k7, v1) = (amd(&[]), amd(&[core]));
