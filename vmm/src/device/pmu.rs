@@ -265,13 +265,12 @@ impl Pmu {
         Ok(())
     }
 
-    /// The machine puts back a register at the tick `now`, as KVM takes writes of its user: the status takes the value, and
-    /// its clear and set registers, which only act, take none.
+    /// The machine puts back a register, as KVM takes writes of its user: the status takes the value, and its clear and set
+    /// registers, which only act, take none. No time passes.
     ///
     /// # Errors
     /// [`GeneralProtection`] if the shape does not have it.
-    pub fn put_back(&mut self, index: u32, value: u64, now: u64) -> Result<(), GeneralProtection> {
-        self.advance(now);
+    pub fn put_back(&mut self, index: u32, value: u64) -> Result<(), GeneralProtection> {
         match self.shape.register(index).ok_or(GeneralProtection)? {
             Register::GlobalStatus => self.global_status = value & self.shape.all(),
             Register::GlobalStatusClear | Register::GlobalStatusSet => {}

@@ -107,15 +107,18 @@ impl VcpuPmu {
     /// The counters' part of a reset. An overflow that was not delivered yet belongs to the life that is over.
     pub fn reset(&self) -> Result<(), KvmError> {
         let mut state = self.lock();
-        let now = state.clock.read()?;
-        let State { model, reset, .. } = &mut *state;
+        let State { model, reset, aim, .. } = &mut *state;
         for (index, value) in reset {
-            let taken = model.put_back(*index, *value, now.unhalted);
+            let taken = model.put_back(*index, *value);
             debug_assert!(taken.is_ok(), "the model has no register {index:x}");
         }
         model.take_interrupt();
-        state.patience = Duration::ZERO;
-        self.arm(&mut state, now)
+        // A counter that a fault leaves running is as far from its overflow as before.
+        if aim.is_some() && model.ticks_to_interrupt().is_none() {
+            *aim = None;
+            self.set_timer(Duration::ZERO)?;
+        }
+        Ok(())
     }
 
     /// The timer has fired.
@@ -135,7 +138,11 @@ impl VcpuPmu {
             None if was_armed => Duration::ZERO,
             None => return Ok(()),
         };
-        // Zero disarms, and nothing else is that short: a tick takes a nanosecond at least after rounding up.
+        self.set_timer(wait)
+    }
+
+    /// Zero disarms it, and nothing else is that short: a tick takes a nanosecond at least after rounding up.
+    fn set_timer(&self, wait: Duration) -> Result<(), KvmError> {
         let wait = Timespec::try_from(wait)
             .unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: wait };

@@ -126,7 +126,7 @@ fn a_shown_pmu_is_what_the_sequence_and_the_model_take_it_for() {
             let _ = model.write(index, u64::MAX, 0);
         }
         for (index, value) in clean_sequence(&cpuid) {
-            assert_eq!(model.put_back(index, value, 9), Ok(()), "{index:x} of {shape}");
+            assert_eq!(model.put_back(index, value), Ok(()), "{index:x} of {shape}");
         }
         let mut fresh = Pmu::new(shape, 0);
         for index in REGISTERS.into_iter().flatten() {
