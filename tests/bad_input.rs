@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, cleanslate, file, finish, run, skipped, temp_dir};
+use crate::harness::{Outcome, Started, cleanslate, file, run, skipped, temp_dir};
 
 /// Expects one line on stderr that contains `message`, and nothing on stdout.
 #[track_caller]
@@ -101,13 +101,11 @@ fn the_agent_image_overwrites_nothing() {
 }
 
 #[test]
-fn clap_answers_wrong_flags_with_status_2_and_the_remedy() {
-    run(&["run", "--reset-via", "kexec"])
-        .expect_status(2)
-        .expect_stderr("known are host, i8042, cf9, acpi, triple");
-    run(&["run", "--initrd", "x"]).expect_status(2).expect_stderr("--kernel");
-    run(&["run", "--resets", "-1"]).expect_status(2);
-    run(&["walk"]).expect_status(2).expect_stderr("unrecognized subcommand");
+fn wrong_flags_are_refused_with_the_remedy() {
+    refused(run(&["run", "--reset-via", "kexec"]), "known are host, i8042, cf9, acpi, triple");
+    refused(run(&["run", "--initrd", "x"]), "--kernel");
+    refused(run(&["run", "--resets", "-1"]), "unexpected argument '-1'");
+    refused(run(&["walk"]), "unrecognized subcommand 'walk'; see --help");
     run(&[]).expect_status(2).expect_stderr("Usage");
 }
 
@@ -126,7 +124,7 @@ fn without_the_right_to_dev_kvm_the_remedy_is_named() {
     let mut command = std::process::Command::new(&program);
     command.arg("run").uid(65534).gid(65534);
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-    let outcome = finish(command.spawn().unwrap(), "cleanslate run as nobody".into());
+    let outcome = Started::new(command).finish("cleanslate run as nobody");
     if mode & 0o006 == 0o006 {
         outcome.expect_status(0);
     } else {
@@ -143,7 +141,7 @@ fn without_dev_kvm_the_remedy_is_named() {
     command.args(["--user", "--map-root-user", "--mount", "sh", "-c", &script]);
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-    let outcome = finish(command.spawn().unwrap(), "cleanslate run without /dev".into());
+    let outcome = Started::new(command).finish("cleanslate run without /dev");
     refused(outcome, "modprobe kvm");
 }
 
@@ -151,8 +149,10 @@ fn without_dev_kvm_the_remedy_is_named() {
 fn a_result_that_cannot_be_printed_is_a_failure() {
     for arguments in [&["run", "--json"][..], &["run"]] {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let child = cleanslate(arguments).stdout(full).spawn().unwrap();
-        finish(child, "cleanslate run > /dev/full".into())
+        let mut command = cleanslate(arguments);
+        command.stdout(full);
+        Started::new(command)
+            .finish("cleanslate run > /dev/full")
             .expect_status(2)
             .expect_stderr("print the result: No space left on device");
     }
@@ -160,7 +160,7 @@ fn a_result_that_cannot_be_printed_is_a_failure() {
 
 #[test]
 fn a_reader_that_goes_away_is_no_failure() {
-    let mut child = cleanslate(&["run", "--json"]).spawn().unwrap();
-    drop(child.stdout.take());
-    finish(child, "cleanslate run --json | true".into()).expect_status(0);
+    let mut program = Started::new(cleanslate(&["run", "--json"]));
+    drop(program.child.stdout.take());
+    program.finish("cleanslate run --json | true").expect_status(0);
 }

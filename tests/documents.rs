@@ -1,6 +1,9 @@
 //! The documents name what exists.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+
+use jailer::seccomp::{RULES, ThreadKind};
 
 use crate::harness::run;
 
@@ -59,4 +62,17 @@ fn the_readme_names_only_options_that_exist() {
         seen += 1;
     }
     assert!(seen > 3, "no options found in README.md");
+}
+
+#[test]
+fn architecture_lists_the_system_calls_of_the_filters() {
+    let text = read("ARCHITECTURE.md");
+    for (kind, firecracker) in ThreadKind::ALL.into_iter().zip([31, 50, 27]) {
+        let rules = RULES.iter().filter(|rule| rule.thread == kind && !rule.assertions);
+        let calls: BTreeSet<_> = rules.map(|rule| rule.call).collect();
+        let names: Vec<_> = calls.iter().map(|name| format!("`{name}`")).collect();
+        let row = format!("| {kind} | {} | {firecracker} | {} |", calls.len(), names.join(", "));
+        assert!(text.contains(&row), "ARCHITECTURE.md lacks the row\n{row}");
+        assert!(calls.len() <= firecracker);
+    }
 }

@@ -17,12 +17,18 @@ mod elsewhere;
 mod endurance;
 /// `--inject`: each step that a reset leaves out on purpose is found under its name.
 mod faults;
+/// Filters of system calls: what they forbid ends the machine, and they allow no more than is used.
+mod filters;
 /// What must not be there is found, by name and by exit status.
 mod findings;
 /// `--kernel`: other guests, and the ways in which they end.
 mod guests;
 /// Guests that break rules hurt only themselves.
 mod hostile;
+/// Every machine runs in a jail, and the jail is what it should be.
+mod jail;
+/// Jailed launches leave nothing behind, whoever is killed.
+mod leftovers;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.

@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use agent_protocol::{PmuStatus, Report};
 
-use crate::harness::{finish, run, temp_dir};
+use crate::harness::{Started, run, temp_dir};
 
 #[test]
 fn the_agent_reports_on_the_serial_port_under_qemu() {
@@ -30,10 +30,7 @@ fn the_agent_reports_on_the_serial_port_under_qemu() {
     qemu.args(["-device", "isa-debug-exit,iobase=0x601,iosize=1"]);
     qemu.args(["-append", "agent.report=serial agent.life=7 agent.acpi_poweroff=0x601:0x34"]);
     qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = qemu
-        .spawn()
-        .expect("start qemu-system-x86_64 (package qemu-system-x86; ./test installs it)");
-    let outcome = finish(child, "qemu-system-x86_64 -M microvm".into()).expect_status(0x69);
+    let outcome = Started::new(qemu).finish("qemu-system-x86_64 -M microvm").expect_status(0x69);
     let lines: Vec<_> = outcome.stdout.lines().filter(|line| line.starts_with('{')).collect();
     let [line] = lines[..] else { panic!("not one report: {outcome}") };
     let report: Report = serde_json::from_str(line).expect("the line is a report");

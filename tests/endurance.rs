@@ -1,11 +1,10 @@
 //! A thousand resets of one machine leave no descriptor, no thread and no memory behind.
 
 use std::io::{BufReader, Read};
-use std::process::Child;
 
 use serde_json::Value;
 
-use crate::harness::{cleanslate, eventually, finish, signal, temp_dir};
+use crate::harness::{Started, cleanslate, eventually, machine_of, signal, temp_dir};
 
 /// What a process holds for itself, guest RAM left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +15,8 @@ struct Holdings {
 }
 
 impl Holdings {
-    fn of(child: &Child) -> Self {
-        let proc = format!("/proc/{}", child.id());
+    fn of(process: u32) -> Self {
+        let proc = format!("/proc/{process}");
         let count = |what| std::fs::read_dir(format!("{proc}/{what}")).unwrap().count();
         let maps = std::fs::read_to_string(format!("{proc}/smaps")).unwrap();
         Self {
@@ -61,23 +60,24 @@ fn a_thousand_resets_are_clean_and_leave_nothing() {
     // Held after its verdict, so that its holdings can be counted at the end too.
     let mut command = cleanslate(&["run", "--json", "--resets", "1000", "--hold"]);
     command.args(["--reset-via", "host,i8042,cf9,acpi,triple", "--uds", socket.to_str().unwrap()]);
-    let mut child = command.spawn().unwrap();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut program = Started::new(command);
+    let mut stdout = BufReader::new(program.child.stdout.take().unwrap());
     let mut seen = Vec::new();
     read_until(&mut stdout, &mut seen, "{\"life\":11,");
-    let after_ten = Holdings::of(&child);
+    let machine = machine_of(&program.child);
+    let after_ten = Holdings::of(machine);
     read_until(&mut stdout, &mut seen, "\n");
     let json: Value = serde_json::from_slice(&seen).unwrap();
     assert_eq!(json["verdict"], "clean", "{:#}", json["findings"]);
     assert_eq!(json["lives"].as_array().unwrap().len(), 1001);
     // The event loop closes the last connection a moment after the main thread did.
     eventually("the descriptors are as few as after ten resets", || {
-        Holdings::of(&child).descriptors <= after_ten.descriptors
+        Holdings::of(machine).descriptors <= after_ten.descriptors
     });
-    let after_all = Holdings::of(&child);
+    let after_all = Holdings::of(machine);
     assert!(after_all.resident_kib <= after_ten.resident_kib, "{after_ten:?} became {after_all:?}");
     assert_eq!(after_all.threads, after_ten.threads);
-    signal(&child, rustix::process::Signal::INT);
-    finish(child, "cleanslate run --resets 1000 --hold".into()).expect_status(0);
+    signal(&program.child, rustix::process::Signal::INT);
+    program.finish("cleanslate run --resets 1000 --hold").expect_status(0);
     assert!(!socket.exists());
 }

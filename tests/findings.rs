@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use crate::harness::{cleanslate, finish, run, signal};
+use crate::harness::{Started, cleanslate, run, signal};
 
 fn names(json: &serde_json::Value) -> Vec<&str> {
     json["findings"]
@@ -65,12 +65,13 @@ fn ctrl_c_ends_a_long_run_without_waiting_for_the_agent() {
     // With the longest timeout that there is, a run that waits for an answer would never end.
     for lives in [1, 7, 40] {
         let arguments = ["run", "--json", "--resets", "1000000", "--timeout", "86400"];
-        let mut child = cleanslate(&arguments).spawn().unwrap();
-        let mut stdout = child.stdout.take().unwrap();
+        let mut program = Started::new(cleanslate(&arguments));
+        let mut stdout = program.child.stdout.take().unwrap();
         read_lives(&mut stdout, lives);
-        signal(&child, rustix::process::Signal::INT);
+        signal(&program.child, rustix::process::Signal::INT);
         let rest = std::thread::spawn(move || std::io::read_to_string(stdout).unwrap());
-        finish(child, "cleanslate run --resets 1000000, interrupted".into())
+        program
+            .finish("cleanslate run --resets 1000000, interrupted")
             .expect_status(130)
             .expect_stderr("cleanslate: interrupted")
             .expect_one_line_of_stderr();

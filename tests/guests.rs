@@ -1,7 +1,9 @@
 //! `--kernel`: other guests, and the ways in which they end.
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, cleanslate, eventually, file, finish, run, signal, temp_dir};
+use crate::harness::{
+    Outcome, Started, cleanslate, eventually, file, machine_of, run, signal, temp_dir,
+};
 
 /// Registers of the first virtio device.
 const VIRTIO: u32 = 0xd000_0000;
@@ -88,17 +90,17 @@ fn a_console_that_nobody_reads_does_not_keep_the_machine() {
     let guest = Guest::new().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]);
     let dir = temp_dir();
     let kernel = file(&dir, "guest.elf", &guest.elf());
-    let mut child = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]).spawn().unwrap();
-    let _unread = child.stdout.take().unwrap();
-    let tasks = format!("/proc/{}/task", child.id());
+    let mut program = Started::new(cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]));
+    let _unread = program.child.stdout.take().unwrap();
+    let tasks = format!("/proc/{}/task", machine_of(&program.child));
     eventually("the vCPU waits for the reader", || {
         std::fs::read_dir(&tasks).unwrap().any(|task| {
             let waits_in = std::fs::read_to_string(task.unwrap().path().join("wchan"));
             waits_in.is_ok_and(|name| name.contains("pipe_write"))
         })
     });
-    signal(&child, rustix::process::Signal::TERM);
-    finish(child, "cleanslate run --kernel, unread".into()).expect_status(130);
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --kernel, unread").expect_status(130);
 }
 
 #[test]
@@ -124,15 +126,15 @@ fn a_guest_that_prints_for_ever_is_ended_by_ctrl_c() {
 fn is_ended_by_a_signal(guest: &Guest) {
     let dir = temp_dir();
     let kernel = file(&dir, "guest.elf", &guest.elf());
-    let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
-    let child = command.spawn().unwrap();
-    let status = format!("/proc/{}/task", child.id());
+    let program = Started::new(cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]));
+    let status = format!("/proc/{}/task", machine_of(&program.child));
     eventually("the vCPU thread exists", || {
         let tasks = std::fs::read_dir(&status).map(|dir| dir.count()).unwrap_or_default();
         tasks >= 3
     });
-    signal(&child, rustix::process::Signal::TERM);
-    finish(child, "cleanslate run --kernel, terminated".into())
+    signal(&program.child, rustix::process::Signal::TERM);
+    program
+        .finish("cleanslate run --kernel, terminated")
         .expect_status(130)
         .expect_stderr("interrupted");
 }
@@ -227,4 +229,40 @@ fn a_bzimage_starts_at_its_64_bit_entry_with_boot_parameters() {
     let kernel = file(&dir, "bzImage", &guest.bzimage());
     let outcome = run(&["run", "--kernel", kernel.to_str().unwrap()]).expect_status(0);
     assert_eq!(outcome.stdout, "HdrS");
+}
+
+#[test]
+fn a_console_that_would_block_is_waited_for() {
+    let guest = Guest::new().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]);
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.elf());
+    let mut command = cleanslate(&["run", "--kernel", kernel.to_str().unwrap()]);
+    let (_unread, stdout) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+    command.stdout(stdout);
+    let program = Started::new(command);
+    let tasks = format!("/proc/{}/task", machine_of(&program.child));
+    eventually("the vCPU waits for room", || {
+        std::fs::read_dir(&tasks).unwrap().any(|thread| {
+            let thread = thread.unwrap().path();
+            let call = std::fs::read_to_string(thread.join("syscall")).unwrap_or_default();
+            call.split(' ').next().is_some_and(|number| number == "271") // ppoll
+                && std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name == "vcpu0\n")
+        })
+    });
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --kernel, full").expect_status(130);
+}
+
+#[test]
+fn an_interrupt_that_a_vcpu_causes_is_delivered() {
+    // Pin 4 gets vector 0x20 and is not masked; then the serial port's transmitter is empty, which it is allowed to say.
+    let (select, window) = (0xfec0_0000, 0xfec0_0010);
+    let guest = Guest::new()
+        .store(select, 0x10 + 2 * 4)
+        .store(window, 0x20)
+        .out(0x3f9, 2)
+        .print("on")
+        .power_off();
+    let outcome = boot(&guest, &[]).expect_status(0);
+    assert_eq!(outcome.stdout, "on", "{outcome}");
 }

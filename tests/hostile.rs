@@ -1,7 +1,13 @@
 //! Guests that break rules hurt only themselves.
 
+use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, file, run, temp_dir};
+use crate::harness::{Outcome, Started, cleanslate, file, run, signal, temp_dir};
 
 /// Registers of the vsock device.
 const DEVICE: u32 = 0xd000_0000;
@@ -126,4 +132,86 @@ fn an_available_index_that_jumps_is_survived() {
 fn guest_code(guest: &Guest) -> Vec<u8> {
     let elf = guest.elf();
     elf[64 + 2 * 56 + 20 + 16..].to_vec()
+}
+
+/// A driver's way to `DRIVER_OK` with each queue in a page of its own, and `packet` in the queue to the host.
+fn with_packets(packets: &[[u32; 11]]) -> Guest {
+    const RINGS: u32 = 0x30_0000;
+    let queue = |index: u32| (RINGS + index * 0x3000, RINGS + index * 0x3000 + 0x1000);
+    let mut guest = Guest::new();
+    for (number, packet) in (0..).zip(packets) {
+        let at = 0x34_0000 + number * 64;
+        for (place, word) in (0..).zip(packet) {
+            guest = guest.store(at + 4 * place, *word);
+        }
+        let (table, avail) = queue(1);
+        guest = guest.store(table + 16 * number, at).store(table + 16 * number + 8, 44);
+        // Two numbers of chains make a word; the last one stays.
+        let both = number | if number % 2 == 1 { (number - 1) << 16 } else { 0 };
+        let both = if number % 2 == 1 { both.rotate_left(16) } else { both };
+        guest = guest.store(avail + 4 + 4 * (number / 2), both);
+        guest = guest.store(avail, (number + 1) << 16);
+    }
+    guest = registers(guest, &[(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)]);
+    for index in 0..3 {
+        let (table, avail) = queue(index);
+        guest = registers(
+            guest,
+            &[
+                (0x30, index),
+                (0x38, 16),
+                (0x80, table),
+                (0x90, avail),
+                (0xa0, avail + 0x1000),
+                (0x44, 1),
+            ],
+        );
+    }
+    registers(guest, &[(0x70, 15), (0x50, 1)])
+}
+
+const HOST_PORT: u32 = 1234;
+
+/// A packet for [`HOST_PORT`] (virtio 1.2, section 5.10.6).
+fn packet(op: u32, flags: u32) -> [u32; 11] {
+    [3, 0, 2, 0, 777, HOST_PORT, 0, 1 | op << 16, flags, 0x1_0000, 0]
+}
+
+/// Runs `guest`, which connects to [`HOST_PORT`], waits until it has closed its sending direction at least, and does
+/// `afterwards` with the connection.
+#[track_caller]
+fn reaches_the_host(guest: Guest, afterwards: impl FnOnce(&mut UnixStream)) {
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &guest.halt().elf());
+    let path = dir.path().join("vsock");
+    let port = dir.path().join(format!("vsock_{HOST_PORT}"));
+    let listener = UnixListener::bind(&port).unwrap();
+    // The machine's process is nobody.
+    std::fs::set_permissions(&port, Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let arguments = ["run", "--kernel", kernel.to_str().unwrap(), "--uds", path.to_str().unwrap()];
+    let program = Started::new(cleanslate(&arguments));
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    afterwards(&mut stream);
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --kernel --uds").expect_status(130);
+}
+
+#[test]
+fn a_guest_reaches_a_port_of_the_host_and_half_closes() {
+    // Request, then shutdown of sending alone. No buffers are posted for answers.
+    let guest = with_packets(&[packet(1, 0), packet(4, 2)]);
+    reaches_the_host(guest, |stream| stream.write_all(b"still open").unwrap());
+}
+
+#[test]
+fn a_guest_that_resets_its_device_drops_its_connections() {
+    // The used ring of the queue to the host counts the packet once the host is reached.
+    const USED: u32 = 0x30_5000;
+    let guest = with_packets(&[packet(1, 0)]).wait_for(USED, 0xffff_0000);
+    reaches_the_host(registers(guest, &[(0x70, 0)]), |stream| {
+        assert!(stream.write_all(b"closed").is_err());
+    });
 }

@@ -2,51 +2,12 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::path::Path;
 
 use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
 
-use crate::harness::{cleanslate, eventually, finish, signal, temp_dir};
-
-/// A machine that is kept running for clients of its socket.
-struct Held {
-    child: Option<Child>,
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Held {
-    fn start() -> Self {
-        let dir = temp_dir();
-        let path = dir.path().join("vsock");
-        let arguments = ["run", "--hold", "--uds", path.to_str().unwrap()];
-        let mut child = cleanslate(&arguments).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        // After the verdict the machine is there for others.
-        let verdict = stdout.lines().map_while(Result::ok).find(|line| line.contains("clean: "));
-        assert_eq!(verdict.as_deref(), Some("clean: 1 life, no findings"));
-        Self { child: Some(child), path, _dir: dir }
-    }
-
-    /// Ends the machine as Ctrl-C does.
-    fn end(mut self) {
-        let child = self.child.take().unwrap();
-        signal(&child, rustix::process::Signal::INT);
-        finish(child, "cleanslate run --hold".into()).expect_status(0);
-        assert!(!self.path.exists(), "the socket was left behind");
-    }
-}
-
-impl Drop for Held {
-    /// A test that failed leaves no machine behind.
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
+use crate::harness::eventually;
+use crate::harness::held::Held;
 
 /// Connects as any client of the convention does, and returns the connection and the answer.
 fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
@@ -199,7 +160,7 @@ fn a_client_that_stops_reading_costs_nothing_and_is_served_when_it_reads_again()
     let writes =
         std::thread::spawn(move || (0..REQUESTS).for_each(|_| writer.write_all(&bytes).unwrap()));
     // Everything is full once the machine does nothing any more: two looks a moment apart see the same processor time.
-    let stat = format!("/proc/{}/stat", machine.child.as_ref().unwrap().id());
+    let stat = format!("/proc/{}/stat", machine.process());
     let ticks = || {
         let stat = std::fs::read_to_string(&stat).unwrap();
         let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();

@@ -5,8 +5,8 @@
 
 mod hierarchy;
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -167,18 +167,17 @@ impl Cgroup {
             Hierarchy::all(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
         let mut cgroup = Self { groups: Vec::new() };
         let limits = plan.limits();
-        for controller in
-            CONTROLLERS.into_iter().filter(|name| limits.iter().any(|l| l.controller == *name))
-        {
-            cgroup.add(controller, &hierarchies, plan, id, janitor)?;
+        let mut limited = Vec::new();
+        for limit in &limits {
+            limited.push(cgroup.add(limit.controller, &hierarchies, plan, id, janitor)?);
         }
         for setting in &plan.settings {
             // A file is named for its controller.
             let (controller, _) = setting.file.split_once('.').unwrap_or_default();
             cgroup.add(controller, &hierarchies, plan, id, janitor)?;
         }
-        for limit in &limits {
-            cgroup.limit(limit)?;
+        for (limit, group) in limits.iter().zip(limited) {
+            cgroup.groups[group].limit(limit)?;
         }
         for setting in &plan.settings {
             cgroup.set(setting)?;
@@ -219,7 +218,7 @@ impl Cgroup {
         })
     }
 
-    /// Makes the group in the hierarchy of `controller`, if it is not there already.
+    /// Makes the group in the hierarchy of `controller`, if it is not there already, and returns which one it is.
     fn add(
         &mut self,
         controller: &str,
@@ -227,11 +226,11 @@ impl Cgroup {
         plan: &CgroupPlan,
         id: &Id,
         janitor: &mut Janitor,
-    ) -> Result<(), CgroupError> {
+    ) -> Result<usize, CgroupError> {
         let hierarchy = hierarchies
             .iter()
             .find(|hierarchy| hierarchy.has(controller))
-            .or_else(|| hierarchies.iter().find(|hierarchy| hierarchy.version == Version::V2))
+            .or_else(|| hierarchies.iter().find(|hierarchy| offers(hierarchy, controller)))
             .ok_or_else(|| CgroupError::NoHierarchy(controller.into()))?;
         let parent = match (&plan.parent, hierarchy.version) {
             (Some(parent), _) => hierarchy.top.join(parent.strip_prefix("/").unwrap_or(parent)),
@@ -239,8 +238,8 @@ impl Cgroup {
             (None, Version::V2) => group_to_grow(hierarchy)?,
         };
         let dir = parent.join(id.as_str());
-        if self.groups.iter().any(|group| group.dir == dir) {
-            return Ok(());
+        if let Some(index) = self.groups.iter().position(|group| group.dir == dir) {
+            return Ok(index);
         }
         if hierarchy.version == Version::V2 {
             pass_controllers_on(&parent)?;
@@ -254,25 +253,7 @@ impl Cgroup {
             Version::V2 => open(&dir, OFlags::PATH | OFlags::DIRECTORY)?,
         };
         self.groups.push(Group { version: hierarchy.version, dir, entry });
-        Ok(())
-    }
-
-    fn limit(&self, limit: &Limit) -> Result<(), CgroupError> {
-        for group in &self.groups {
-            let (file, value) = limit.in_version(group.version);
-            if !group.dir.join(file).exists() {
-                continue;
-            }
-            match write(&group.dir, file, &value) {
-                // Version 1 refuses more processor time than the group above has: less is allowed already.
-                Err(CgroupError::Refused { source, .. })
-                    if limit.controller == "cpu"
-                        && source.kind() == io::ErrorKind::InvalidInput => {}
-                result => result?,
-            }
-            return Ok(());
-        }
-        Err(CgroupError::NoHierarchy(limit.controller.into()))
+        Ok(self.groups.len() - 1)
     }
 
     fn set(&self, Setting { file, value }: &Setting) -> Result<(), CgroupError> {
@@ -282,6 +263,21 @@ impl Cgroup {
             return Err(CgroupError::NoFile { file: file.clone(), place });
         };
         write(&group.dir, file, value)
+    }
+}
+
+impl Group {
+    fn limit(&self, limit: &Limit) -> Result<(), CgroupError> {
+        let (file, value) = limit.in_version(self.version);
+        match write(&self.dir, file, &value) {
+            // Version 1 refuses more processor time than the group above has: less is allowed already.
+            Err(CgroupError::Refused { source, .. })
+                if limit.controller == "cpu" && source.kind() == io::ErrorKind::InvalidInput =>
+            {
+                Ok(())
+            }
+            result => result,
+        }
     }
 }
 
@@ -319,6 +315,13 @@ impl CgroupPlan {
     pub(crate) fn is_demanded(&self) -> bool {
         !self.settings.is_empty() || self.parent.is_some()
     }
+}
+
+/// Whether this is a hierarchy of version 2 that has `controller`: a host with version 1 may show one that has few or none.
+fn offers(hierarchy: &Hierarchy, controller: &str) -> bool {
+    hierarchy.version == Version::V2
+        && read(hierarchy.top.join("cgroup.controllers"))
+            .is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
 }
 
 /// The group of version 2 in which a new one can have controllers: a group that has processes itself cannot pass any on
@@ -370,16 +373,22 @@ fn make_dir(dir: &Path, janitor: &mut Janitor) -> Result<(), CgroupError> {
 }
 
 fn write(dir: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
-    fs::write(dir.join(file), value).map_err(|source| CgroupError::Refused {
-        file: file.into(),
-        value: value.into(),
-        source,
-    })
+    // Not `fs::write`, which would ask to create a file that is not there.
+    let written = File::options().write(true).open(dir.join(file));
+    written
+        .and_then(|mut file| file.write_all(value.as_bytes()))
+        .map_err(|source| CgroupError::Refused { file: file.into(), value: value.into(), source })
 }
 
 fn read(path: impl AsRef<Path>) -> Result<String, CgroupError> {
+    /// These files do not tell their size, and the standard library would begin with some bytes.
+    const ENOUGH: usize = 8192;
     let path = path.as_ref();
-    fs::read_to_string(path).map_err(|source| CgroupError::Open { path: path.into(), source })
+    let mut text = String::with_capacity(ENOUGH);
+    File::open(path)
+        .and_then(|mut file| file.read_to_string(&mut text))
+        .map_err(|source| CgroupError::Open { path: path.into(), source })?;
+    Ok(text)
 }
 
 fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, CgroupError> {

@@ -1,5 +1,6 @@
 //! A jail from the caller's side: makes what the jailed process cannot make, lets it in, waits, and hands signals on.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, WaitIdStatus};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use crate::cgroup::{Cgroup, CgroupError, CgroupPlan};
 use crate::id::Id;
@@ -115,6 +116,13 @@ impl Inside {
     pub fn let_signals_come(&self) {
         self.signals.set();
     }
+
+    /// Runs the program behind `program` in place of this process, with no environment and the standard descriptors alone.
+    /// Returns why that failed, if it did.
+    pub fn execute(self, program: BorrowedFd<'_>, arguments: &[CString]) -> io::Error {
+        self.let_signals_come();
+        sys::execute(program, arguments)
+    }
 }
 
 impl Jail {
@@ -129,8 +137,8 @@ impl Jail {
             return Err(JailError::NeedsRoot("becoming another user"));
         }
         let signals = SignalFd::new(&HANDED_ON).map_err(host("wait for signals"))?;
-        let makes_network = !rootless && matches!(self.network, Network::New);
-        let mut janitor = Janitor::start(makes_network).map_err(host("start the janitor"))?;
+        let mut janitor = Janitor::start(self.namespaces_of_janitor(rootless))
+            .map_err(host("start the janitor"))?;
         let mut lacks = Vec::new();
         let cgroup = match Cgroup::make(&self.cgroup, &self.id, &mut janitor) {
             Ok(cgroup) => Some(cgroup),
@@ -150,10 +158,30 @@ impl Jail {
     }
 }
 
+impl Jail {
+    /// Namespaces that the janitor makes. Without root only the process itself can, in its user namespace.
+    fn namespaces_of_janitor(&self, rootless: bool) -> ThreadNameSpaceType {
+        if rootless {
+            return ThreadNameSpaceType::empty();
+        }
+        let others = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+            | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
+        match self.network {
+            Network::New => others | ThreadNameSpaceType::NETWORK,
+            Network::Join(_) => others,
+        }
+    }
+}
+
 impl Prepared {
     /// What this host or this user could not give, in words; the jail is weaker without.
     pub fn lacks(&self) -> &[String] {
         &self.lacks
+    }
+
+    /// Whom the process becomes. `None`: it stays who the caller is.
+    pub fn user(&self) -> Option<User> {
+        (!self.rootless).then(|| self.jail.user.unwrap_or(User::NOBODY))
     }
 
     /// To be told of what has to be removed in the end.
@@ -211,12 +239,12 @@ impl Prepared {
 
     /// Namespaces that the process is born in (clone(2)).
     fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        let mut flags = libc::CLONE_NEWNS;
         if self.jail.new_pid_namespace || self.rootless {
             flags |= libc::CLONE_NEWPID;
         }
         if self.rootless {
-            flags |= libc::CLONE_NEWUSER;
+            flags |= libc::CLONE_NEWUSER | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
             if matches!(self.jail.network, Network::New) {
                 flags |= libc::CLONE_NEWNET;
             }
@@ -264,14 +292,15 @@ impl Prepared {
                     return Ok(status);
                 }
             } else if signalled {
-                hand_on(self.signals.take()?, process);
+                let leads_namespace = self.namespaces() & libc::CLONE_NEWPID as u64 != 0;
+                hand_on(self.signals.take()?, process, leads_namespace);
             }
         }
     }
 }
 
 /// Hands a signal on to a process. It may have ended meanwhile, which the next look will show.
-fn hand_on(signal: i32, process: &Child) {
+fn hand_on(signal: i32, process: &Child, leads_namespace: bool) {
     let send = |signal| {
         let _ = rustix::process::pidfd_send_signal(&process.pidfd, signal);
     };
@@ -282,10 +311,27 @@ fn hand_on(signal: i32, process: &Child) {
             sys::stop_this_process();
             send(Signal::CONT);
         }
+        // The kernel keeps it from the first process of a namespace, whom it would end (pid_namespaces(7)).
+        _ if leads_namespace && takes_default_action(process, signal) => send(Signal::KILL),
         libc::SIGINT => send(Signal::INT),
         libc::SIGHUP => send(Signal::HUP),
         _ => send(Signal::TERM),
     }
+}
+
+/// True if a process neither blocks, ignores nor catches `signal` (proc(5)).
+fn takes_default_action(process: &Child, signal: i32) -> bool {
+    let read = |file| fs::read_to_string(format!("/proc/{}/{file}", process.pid.as_raw_pid()));
+    let (Ok(status), Ok(call)) = (read("status"), read("syscall")) else { return false };
+    let masks = status.lines().filter_map(|line| {
+        let (name, mask) = line.split_once(":\t")?;
+        let is_wanted = ["SigBlk", "SigIgn", "SigCgt"].contains(&name);
+        is_wanted.then(|| u64::from_str_radix(mask, 16).unwrap_or(u64::MAX))
+    });
+    let taken = masks.fold(0, |all, mask| all | mask) & (1 << (signal - 1)) != 0;
+    // Whoever waits for a signal in this call blocks it, though it does not show as blocked meanwhile.
+    let waits = call.split(' ').next() == Some(&libc::SYS_rt_sigtimedwait.to_string());
+    !taken && !waits
 }
 
 /// True if this process may do all that a jail takes without a user namespace.

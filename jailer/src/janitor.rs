@@ -3,8 +3,8 @@
 //! It hears of each thing before the thing is made, does nothing while the caller lives, and removes everything when the
 //! caller says so or dies. Should the janitor itself be killed, the caller does its work.
 //!
-//! It also makes the jail's network namespace: that takes longer than everything else together, and here it takes place
-//! beside the caller's own work.
+//! It also makes some of the jail's namespaces, the network's above all: that takes as long as half of everything else, and
+//! here it takes place beside the caller's own work.
 
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -21,8 +21,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
-use crate::network;
 use crate::sys::{self, Child};
 
 /// Longest message: a kind, an identity and a path.
@@ -49,25 +49,29 @@ pub struct Janitor {
     process: Child,
     /// `None` when the end was said.
     orders: Option<OwnedFd>,
-    network: OwnedFd,
+    namespaces: ThreadNameSpaceType,
+    /// Tells when they are made.
+    made: OwnedFd,
     things: Vec<Thing>,
 }
 
 impl Janitor {
-    /// Starts one. If `makes_network`, it moves into a new network namespace first. The caller has one thread.
+    /// Starts one that moves into new `namespaces` first, for [`Janitor::join_namespaces`]. The caller has one thread.
     ///
     /// # Errors
     /// What the kernel says when it has no process or no descriptor left.
-    pub fn start(makes_network: bool) -> io::Result<Self> {
+    pub(crate) fn start(namespaces: ThreadNameSpaceType) -> io::Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let (network, made) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (made, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         match sys::clone_process(0, None)? {
-            Some(process) => Ok(Self { process, orders: Some(ours), network, things: Vec::new() }),
-            None => {
-                drop(ours);
-                serve(&theirs, made, makes_network)
+            Some(process) => {
+                if !namespaces.is_empty() {
+                    run_beside(process.pid);
+                }
+                Ok(Self { process, orders: Some(ours), namespaces, made, things: Vec::new() })
             }
+            None => serve(&theirs, tell, namespaces),
         }
     }
 
@@ -77,9 +81,13 @@ impl Janitor {
     }
 
     /// Has the directory `dir` removed in the end if nothing is in it. To be said before it is made.
-    #[expect(dead_code, reason = "for the jailer program, which is not written yet")]
-    pub(crate) fn remove_directory(&mut self, dir: &Path) {
+    pub fn remove_directory(&mut self, dir: &Path) {
         self.remove(Thing::Directory(dir.into()));
+    }
+
+    /// Has the file at `path`, which a mount is to cover, removed in the end. To be said before it is made.
+    pub(crate) fn remove_file(&mut self, path: &Path) {
+        self.remove(Thing::Socket(path.into(), None));
     }
 
     /// Has the socket's file at `path` removed in the end. To be said before it is made.
@@ -104,14 +112,29 @@ impl Janitor {
         self.say(b'p', None, Path::new(""), &[process]);
     }
 
-    /// The janitor itself, to join its network namespace.
-    pub(crate) fn process(&self) -> BorrowedFd<'_> {
-        self.process.pidfd.as_fd()
+    /// What [`Janitor::join_namespaces`] needs.
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.process.pidfd.as_fd(), self.made.as_fd()]
     }
 
-    /// Becomes readable when the network namespace is made: see [`wait_for_network`].
-    pub(crate) fn network(&self) -> BorrowedFd<'_> {
-        self.network.as_fd()
+    /// Moves this process into the namespaces that the janitor was to make, and waits for them if it has to.
+    ///
+    /// # Errors
+    /// Why there are none, or that the janitor was killed.
+    pub(crate) fn join_namespaces(&self) -> io::Result<()> {
+        if self.namespaces.is_empty() {
+            return Ok(());
+        }
+        let mut errno = [0; 4];
+        match rustix::io::read(&self.made, &mut errno)? {
+            4 if errno == [0; 4] => {}
+            4 => return Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
+            _ => return Err(io::Error::other("the janitor was killed")),
+        }
+        Ok(rustix::thread::move_into_thread_name_spaces(
+            self.process.pidfd.as_fd(),
+            self.namespaces,
+        )?)
     }
 
     fn remove(&mut self, thing: Thing) {
@@ -154,34 +177,32 @@ impl Drop for Janitor {
     }
 }
 
-/// Waits until a janitor has made the network namespace.
-///
-/// # Errors
-/// Why it could not, or that it was killed.
-pub(crate) fn wait_for_network(network: BorrowedFd<'_>) -> io::Result<()> {
-    let mut errno = [0; 4];
-    match rustix::io::read(network, &mut errno)? {
-        4 if errno == [0; 4] => Ok(()),
-        4 => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
-        _ => Err(io::Error::other("the janitor was killed")),
+/// Has a new process run on another processor than this one. The scheduler likes to leave it here, where it would wait until
+/// this process sleeps. No more than a wish: without it the work is done one after the other.
+fn run_beside(process: Pid) {
+    if let Ok(mut processors) = rustix::thread::sched_getaffinity(None) {
+        processors.unset(rustix::thread::sched_getcpu());
+        // There may be no other.
+        let _ = rustix::thread::sched_setaffinity(Some(process), &processors);
     }
 }
 
 /// What the janitor does all its life.
-fn serve(orders: &OwnedFd, network: OwnedFd, makes_network: bool) -> ! {
+fn serve(orders: &OwnedFd, made: OwnedFd, namespaces: ThreadNameSpaceType) -> ! {
     // The caller may be told to end; the janitor ends after it.
     sys::block_all_signals();
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"jail-janitor");
     // stdout too: whoever reads the program's output to its end does not wait for the janitor. stderr is for complaints.
-    sys::close_all_but(&[rustix::stdio::stderr(), orders.as_fd(), network.as_fd()]);
-    if makes_network {
-        let result = network::leave_for_a_new_one();
-        let errno = result.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+    sys::close_all_but(&[rustix::stdio::stderr(), orders.as_fd(), made.as_fd()]);
+    if !namespaces.is_empty() {
+        // Both kinds of flags are CLONE_NEW….
+        let result = sys::unshare(UnshareFlags::from_bits_retain(namespaces.bits()));
+        let errno = result.err().map_or(0, |errno| errno.raw_os_error());
         // Nobody reads it if the caller has died already.
-        let _ = rustix::io::write(&network, &errno.to_ne_bytes());
+        let _ = rustix::io::write(&made, &errno.to_ne_bytes());
     }
-    drop(network);
+    drop(made);
     let mut list = List::default();
     while list.hear(orders) {}
     if let Some(process) = &list.guarded {

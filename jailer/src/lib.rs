@@ -1,4 +1,5 @@
-//! Confines a process that runs a microVM: namespaces, an empty root, a control group, limits, dropped rights, Landlock.
+//! Confines a process that runs a microVM: namespaces, an empty root, a control group, limits, dropped rights, Landlock,
+//! and filters of system calls ([`seccomp`]).
 //!
 //! A [`Jail`] says in plain data what confines; [`Jail::prepare`] starts what has to be ready before, and
 //! [`Prepared::run`] runs a function of the caller's in a process that is confined. Three processes take part:
@@ -8,16 +9,19 @@
 //! - the **janitor** ([`janitor`]), which removes what was made, whichever of the others is killed, and when.
 //!
 //! Nothing is copied and no device node is made: what the jailed process needs of the host reaches it as open descriptors.
-//! Unsafe code is allowed in `sys` and nowhere else.
+//! Unsafe code is allowed in `sys` and `seccomp::sys`, and nowhere else.
 
 #![deny(unsafe_code)]
 
 pub mod cgroup;
+pub mod chroot;
+pub mod daemon;
 pub mod id;
 pub mod jail;
 pub mod janitor;
 pub mod limits;
 pub mod network;
+pub mod program;
 pub mod root;
 pub mod seccomp;
 pub mod steps;
@@ -31,5 +35,6 @@ pub use jail::{End, Inside, Jail, JailError, Prepared};
 pub use janitor::Janitor;
 pub use limits::ResourceLimit;
 pub use network::Network;
+pub use program::Program;
 pub use root::{Mount, Root};
 pub use user::User;

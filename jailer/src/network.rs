@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
+use rustix::thread::LinkNameSpaceType;
 
 use crate::sys;
 
@@ -66,20 +66,9 @@ impl Network {
     }
 }
 
-/// Moves this process into a new network namespace.
-pub(crate) fn leave_for_a_new_one() -> io::Result<()> {
-    Ok(sys::unshare(UnshareFlags::NEWNET)?)
-}
-
 /// Moves this process into an open namespace.
 pub(crate) fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
     Ok(rustix::thread::move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?)
-}
-
-/// Moves this process into the namespace that another process is in, by its descriptor.
-pub(crate) fn join_of_process(process: BorrowedFd<'_>) -> io::Result<()> {
-    rustix::thread::move_into_thread_name_spaces(process, ThreadNameSpaceType::NETWORK)?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -61,11 +61,12 @@ pub(crate) fn enter(root: &Root, mounts: &[Mount]) -> Result<(), StepError> {
     }?;
     attach(&new, Path::new("/")).map_err(step("mount the root"))?;
     rustix::process::fchdir(&new).map_err(step("enter the root"))?;
+    pivot()?;
+    // Now that the host's files are out of reach: a directory of the user's may hold links that lead anywhere.
     for (mount, tree) in mounts.iter().zip(&shown) {
         show(mount, tree)
             .map_err(step(format!("show {:?} as {:?}", mount.source, mount.target)))?;
     }
-    pivot()?;
     let attributes = match root {
         Root::Empty => INERT.union(MountAttrFlags::MOUNT_ATTR_RDONLY),
         Root::Directory(_) => PLAIN,
@@ -93,7 +94,7 @@ fn attach(tree: &OwnedFd, target: &Path) -> rustix::io::Result<()> {
     rustix::mount::move_mount(tree, "", CWD, target, flags)
 }
 
-/// Makes a place in the new root, which is the working directory, and mounts `tree` there.
+/// Makes a place in the new root, which is the root and the working directory, and mounts `tree` there.
 fn show(mount: &Mount, tree: &OwnedFd) -> rustix::io::Result<()> {
     let target = mount.target.strip_prefix("/").unwrap_or(&mount.target);
     if let Some(above) = target.parent() {

@@ -14,7 +14,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid};
 
 use crate::cgroup::Cgroup;
 use crate::jail::Jail;
-use crate::janitor::{self, Janitor};
+use crate::janitor::Janitor;
 use crate::network::{self, Network};
 use crate::user::User;
 use crate::{root, sys};
@@ -52,7 +52,8 @@ pub(crate) struct Entrance<'a> {
 pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
     let Entrance { jail, cgroup, janitor, rootless, caller, kept } = *entrance;
     // 1. Descriptors first: the caller's may lead anywhere, and the janitor must see the caller's end of its orders close.
-    let mut descriptors = vec![caller, janitor.network(), janitor.process()];
+    let mut descriptors = vec![caller];
+    descriptors.extend(janitor.descriptors());
     descriptors.extend(cgroup.iter().flat_map(|cgroup| cgroup.entries()));
     descriptors.extend(jail.network.descriptor());
     sys::close_all_but(&[kept, &descriptors].concat());
@@ -64,48 +65,41 @@ pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
     rustix::process::setsid().map_err(step("leave the caller's session"))?;
     // 4. Limits from here on.
     cgroup.map_or(Ok(()), Cgroup::join).map_err(step("join the control group"))?;
-    // 5. No files of the host.
-    root::enter(&jail.root, &jail.mounts)?;
-    // 6. A name of its own, so that the host's does not tell where this is.
-    rustix::system::sethostname(jail.id.as_str().as_bytes()).map_err(step("set the host name"))?;
-    // 7. No network, or the one that was asked for. The janitor has had all the time until here to make the empty one.
-    match &jail.network {
-        Network::Join(namespace) => {
-            network::join(namespace.as_fd()).map_err(step("join the network namespace"))?;
-        }
-        // Born in it.
-        Network::New if rootless => {}
-        Network::New => {
-            janitor::wait_for_network(janitor.network())
-                .and_then(|()| network::join_of_process(janitor.process()))
-                .map_err(step("make a network namespace"))?;
-        }
-    }
-    // 8. Limits of the process itself.
+    // 5. Limits of the process itself.
     for limit in &jail.limits {
         limit.set().map_err(step(format!("limit {limit}")))?;
     }
-    // 9. The environment may hold secrets.
+    // 6. The environment may hold secrets.
     sys::wipe_environment();
-    // 10. No rights, and no way to any: the bounding set while that is allowed, groups before the group, the group before
-    //     the user, and what capabilities are left at last.
+    // 7. No program that it starts can have more rights than it. While it still has the right to say so.
+    sys::drop_bounding_set().map_err(step("drop the bounding set"))?;
+    // 8. No network, or the one that was asked for; nobody else's shared memory. The janitor has had all the time until here
+    //    to make these namespaces.
+    janitor.join_namespaces().map_err(step("make namespaces"))?;
+    if let Network::Join(namespace) = &jail.network {
+        network::join(namespace.as_fd()).map_err(step("join the network namespace"))?;
+    }
+    // 9. No files of the host.
+    root::enter(&jail.root, &jail.mounts)?;
+    // 10. A name of its own, so that the host's does not tell where this is.
+    rustix::system::sethostname(jail.id.as_str().as_bytes()).map_err(step("set the host name"))?;
+    // 11. No rights: groups before the group, the group before the user, and what capabilities are left at last.
     give_up_rights(jail, rootless)?;
-    // 11. Programs that would give rights do not. The filters and Landlock need it as well.
+    // 12. Programs that would give rights do not. The filters and Landlock need it as well.
     rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
-    // 12. Die with the caller. After the change of user, which would undo it; should the caller have died before, its end
+    // 13. Die with the caller. After the change of user, which would undo it; should the caller have died before, its end
     //     of the pipe is closed.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(step("die with the caller"))?;
     caller_lives(caller).map_err(step("die with the caller"))?;
-    // 13. Landlock, as far as this kernel has it.
+    // 14. Landlock, as far as this kernel has it.
     restrict_by_landlock(jail.runs_a_program)?;
-    // 14. Of the descriptors, what the process works with is left.
+    // 15. Of the descriptors, what the process works with is left.
     sys::close_all_but(kept);
     Ok(())
 }
 
 fn give_up_rights(jail: &Jail, rootless: bool) -> Result<(), StepError> {
-    sys::drop_bounding_set().map_err(step("drop the bounding set"))?;
     // In a user namespace of its own the process is nobody already, and may not drop groups.
     if !rootless {
         let User { uid, gid } = jail.user.unwrap_or(User::NOBODY);

@@ -239,17 +239,19 @@ pub(crate) fn drop_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Runs the program behind `program` in place of this one, with an empty environment.
+/// Runs the program behind `program` in place of this one, with an empty environment. SIGPIPE gets its default action, which
+/// the standard library has taken from it before `main`.
 ///
 /// # Errors
 /// Why that failed; it does not return otherwise.
-#[expect(dead_code, reason = "for the jailer program, which is not written yet")]
 pub(crate) fn execute(program: BorrowedFd<'_>, arguments: &[std::ffi::CString]) -> io::Error {
     let mut pointers: Vec<*const c_char> = arguments.iter().map(|text| text.as_ptr()).collect();
     pointers.push(std::ptr::null());
     let environment: [*const c_char; 1] = [std::ptr::null()];
-    // SAFETY: both arrays end with a null pointer and live until the call is over, and so do the strings.
+    // SAFETY: both arrays end with a null pointer and live until the call is over, and so do the strings. A default action is
+    // no handler.
     unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         libc::syscall(
             libc::SYS_execveat,
             program.as_raw_fd(),

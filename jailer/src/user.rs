@@ -63,7 +63,11 @@ impl User {
             fs::read_to_string(list.file)
                 .map_err(|source| UserError::Read { file: list.file, source })
         };
-        let bare = |text: &str| text.strip_prefix('+').and_then(|number| number.parse().ok());
+        // The highest number is nobody's: for the kernel it means "leave it as it is".
+        let bare = |text: &str| {
+            let number: Option<u32> = text.strip_prefix('+')?.parse().ok();
+            number.filter(|number| *number != u32::MAX)
+        };
         let (uid, own_gid) = match bare(user) {
             Some(uid) => (uid, uid),
             None => USERS.find(&read(&USERS)?, user)?,
@@ -126,7 +130,7 @@ mod tests {
             User { uid: 4_000_000_000, gid: 7 }
         );
         assert_eq!(User::find("+9", None).unwrap(), User { uid: 9, gid: 9 });
-        for unknown in ["4000000000", "+", "+x", "+4294967296", "no such user"] {
+        for unknown in ["4000000000", "+", "+x", "+4294967295", "+4294967296", "no such user"] {
             assert!(User::find(unknown, None).is_err(), "{unknown}");
         }
     }

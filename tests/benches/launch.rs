@@ -1,4 +1,5 @@
-//! What a launch and a reset cost, beside the bare KVM calls that nobody can do without, in one run.
+//! What a launch and a reset cost, beside the bare KVM calls that nobody can do without, and what the jail adds to a launch, in
+//! one run.
 //!
 //! `cargo bench` prints a table: median, p90, p99, and the ratio of the medians to the floor. `-- --quick` shows in a few
 //! seconds that all of it still works.
@@ -22,35 +23,41 @@ const MEM_MIB: usize = 128;
 fn main() {
     let quick = std::env::args().any(|arg| arg == "--quick");
     let (launches, resets) = if quick { (3, 10) } else { (LAUNCHES, RESETS) };
-    let mut floor = Vec::new();
-    let mut hello = Vec::new();
-    let mut whole = Vec::new();
+    let [mut floor, mut jailed, mut unjailed, mut jail, mut whole, mut whole_unjailed] =
+        [const { Vec::new() }; 6];
     for _ in 0..launches {
-        // Turn about, so that a noisy moment meets both alike.
+        // Turn about, so that a noisy moment meets all alike.
         floor.push(bare_kvm());
-        let (life, run) = launch();
-        hello.push(life);
-        whole.push(run);
+        let (with, with_run) = launch(&[]);
+        let (without, without_run) = launch(&["--no-jail"]);
+        jail.push(with - without);
+        jailed.push(with);
+        unjailed.push(without);
+        whole.push(with_run);
+        whole_unjailed.push(without_run);
     }
     let floor = Figure::new("floor: bare KVM calls to a guest's first out", floor);
     println!("{}", machine());
     println!("{:<58} {:>9} {:>9} {:>9} {:>8}", "", "median", "p90", "p99", "x floor");
     floor.print(&floor);
-    Figure::new("process start to the agent's hello, 128 MiB", hello).print(&floor);
+    Figure::new("process start to the agent's hello, 128 MiB", jailed).print(&floor);
+    Figure::new("the same with --no-jail", unjailed).print(&floor);
+    Figure::new("what the jail adds, launch by launch", jail).print(&floor);
     Figure::new("spawn to exit with report and verdict, from outside", whole).print(&floor);
+    Figure::new("the same with --no-jail", whole_unjailed).print(&floor);
     for cause in ["host", "i8042", "cf9", "acpi", "triple"] {
         let times = reset_times(cause, resets);
         Figure::new(&format!("reset in place ({cause}) to the next hello"), times).print(&floor);
     }
     let (whole, guest) = resident();
     println!(
-        "memory beyond the guest's own: {} KiB (process {whole}, guest {guest})",
+        "memory beyond the guest's own: {} KiB (three processes {whole}, guest {guest})",
         whole - guest
     );
 }
 
 /// The fewest KVM calls that reach a guest's first `out`: memory, split interrupt controller, one vCPU with CPUID.
-fn bare_kvm() -> Duration {
+fn bare_kvm() -> f64 {
     let ram: GuestMemoryMmap<()> =
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEM_MIB << 20)]).expect("map memory");
     // out 0x10, al
@@ -79,7 +86,11 @@ fn bare_kvm() -> Duration {
     (regs.rip, regs.rflags) = (0x1000, 2);
     vcpu.set_regs(&regs).expect("set registers");
     assert!(matches!(vcpu.run().expect("run"), VcpuExit::IoOut(0x10, _)));
-    began.elapsed()
+    milliseconds(began.elapsed())
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 fn run_json(arguments: &[&str]) -> Value {
@@ -92,24 +103,26 @@ fn run_json(arguments: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// Time to hello as the program measures it, and the whole run as seen from outside.
-fn launch() -> (Duration, Duration) {
+/// Time to hello as the program measures it, and the whole run as seen from outside, both in milliseconds.
+fn launch(arguments: &[&str]) -> (f64, f64) {
     let began = Instant::now();
-    let json = run_json(&[]);
-    (hello_us(&json["lives"][0]), began.elapsed())
+    let json = run_json(arguments);
+    (hello(&json["lives"][0]), milliseconds(began.elapsed()))
 }
 
-fn reset_times(cause: &str, resets: usize) -> Vec<Duration> {
+/// Times from a reset's cause to the next hello, in milliseconds.
+fn reset_times(cause: &str, resets: usize) -> Vec<f64> {
     let json = run_json(&["--resets", &resets.to_string(), "--reset-via", cause]);
     assert_eq!(json["verdict"], "clean");
-    json["lives"].as_array().expect("lives").iter().skip(1).map(hello_us).collect()
+    json["lives"].as_array().expect("lives").iter().skip(1).map(hello).collect()
 }
 
-fn hello_us(life: &Value) -> Duration {
-    Duration::from_micros(life["hello_us"].as_u64().expect("a hello"))
+fn hello(life: &Value) -> f64 {
+    life["hello_us"].as_u64().expect("a hello") as f64 / 1e3
 }
 
-/// Resident memory in KiB of a process that holds a machine, and the part of it that is guest RAM.
+/// Resident memory in KiB of the processes that hold a machine, their shares of what they share (`Pss`, proc(5)), and the part
+/// of it that is guest RAM.
 fn resident() -> (u64, u64) {
     let dir = tempfile::tempdir().expect("make a directory");
     let path = dir.path().join("vsock");
@@ -127,7 +140,10 @@ fn resident() -> (u64, u64) {
         assert_ne!(count, 0, "{}", String::from_utf8_lossy(&text));
         text.extend_from_slice(&chunk[..count]);
     }
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", child.id())).expect("read smaps");
+    let maps: Vec<_> = processes_of(child.id())
+        .iter()
+        .map(|pid| std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("read smaps"))
+        .collect();
     rustix::process::kill_process(
         rustix::process::Pid::from_child(&child),
         rustix::process::Signal::INT,
@@ -135,9 +151,9 @@ fn resident() -> (u64, u64) {
     .expect("end cleanslate");
     child.wait().expect("wait");
     let (mut whole, mut guest, mut in_guest) = (0, 0, false);
-    for line in maps.lines() {
-        if let Some(rss) = line.strip_prefix("Rss:") {
-            let kib: u64 = rss.trim().trim_end_matches(" kB").parse().expect("a number");
+    for line in maps.iter().flat_map(|maps| maps.lines()) {
+        if let Some(share) = line.strip_prefix("Pss:") {
+            let kib: u64 = share.trim().trim_end_matches(" kB").parse().expect("a number");
             whole += kib;
             guest += if in_guest { kib } else { 0 };
         } else if line.split(' ').next().is_some_and(|range| range.contains('-')) {
@@ -147,21 +163,32 @@ fn resident() -> (u64, u64) {
     (whole, guest)
 }
 
-/// One row.
+/// A process and its children.
+fn processes_of(parent: u32) -> Vec<u32> {
+    let all = std::fs::read_dir("/proc")
+        .expect("read /proc")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let is_child = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| line == format!("PPid:\t{parent}"))
+    };
+    [parent].into_iter().chain(all.filter(is_child)).collect()
+}
+
+/// One row: times in milliseconds.
 struct Figure {
     name: String,
-    times: Vec<Duration>,
+    times: Vec<f64>,
 }
 
 impl Figure {
-    fn new(name: &str, mut times: Vec<Duration>) -> Self {
-        times.sort_unstable();
+    fn new(name: &str, mut times: Vec<f64>) -> Self {
+        times.sort_unstable_by(f64::total_cmp);
         Self { name: name.into(), times }
     }
 
     fn at(&self, percent: usize) -> f64 {
-        let index = (self.times.len() * percent / 100).min(self.times.len() - 1);
-        self.times[index].as_secs_f64() * 1e3
+        self.times[(self.times.len() * percent / 100).min(self.times.len() - 1)]
     }
 
     fn print(&self, floor: &Self) {

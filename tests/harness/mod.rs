@@ -1,17 +1,22 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
 pub mod guest;
+pub mod held;
 
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// Longest time that any run may take; far above what it needs, so that a hang ends and is seen.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The variable that names a directory for traces of system calls: each process that a test starts is then traced into it.
+pub const TRACES: &str = "CLEANSLATE_TRACES";
 
 /// What a run of the program left.
 pub struct Outcome {
@@ -74,40 +79,74 @@ impl Outcome {
 #[track_caller]
 pub fn cleanslate(arguments: &[&str]) -> Command {
     assert!(Path::new("/dev/kvm").exists(), "these tests need /dev/kvm; this machine has none");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cleanslate"));
+    let program = env!("CARGO_BIN_EXE_cleanslate");
+    let mut command = match std::env::var_os(TRACES) {
+        Some(directory) => traced(program, Path::new(&directory)),
+        None => Command::new(program),
+    };
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// `program` under strace, which writes a file for each thread: numbers instead of names, and no data. The tracer is the
+/// child's child, so that signals meant for the program reach it; it holds the pipes of the child, so that whoever reads
+/// these to their end finds the files complete.
+fn traced(program: &str, directory: &Path) -> Command {
+    static RUNS: AtomicU32 = AtomicU32::new(0);
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
+    let mut command = Command::new("strace");
+    command.args(["-D", "-ff", "-qq", "-X", "raw", "-s", "0", "-o"]);
+    command.arg(directory.join(format!("run{run}"))).arg(program);
     command
 }
 
 /// Runs the program to its end.
 #[track_caller]
 pub fn run(arguments: &[&str]) -> Outcome {
-    let mut command = cleanslate(arguments);
-    let child = command.spawn().expect("start cleanslate");
-    finish(child, format!("cleanslate {}", arguments.join(" ")))
+    Started::new(cleanslate(arguments)).finish(&format!("cleanslate {}", arguments.join(" ")))
 }
 
-/// Waits for a child with piped output, and kills it when it takes for ever.
-#[track_caller]
-pub fn finish(mut child: Child, command: String) -> Outcome {
-    let stdout = read_all(child.stdout.take());
-    let stderr = read_all(child.stderr.take());
-    let began = Instant::now();
-    let status = loop {
-        match child.try_wait().expect("wait for a child") {
-            Some(status) => break status,
-            None if began.elapsed() > PATIENCE => {
-                let _ = child.kill();
-                break child.wait().expect("wait for a killed child");
+/// A program that runs. It is killed with the test that fails.
+pub struct Started {
+    pub child: Child,
+}
+
+impl Started {
+    #[track_caller]
+    pub fn new(mut command: Command) -> Self {
+        Self { child: command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}")) }
+    }
+
+    /// Waits for its end, and kills it when it takes for ever.
+    #[track_caller]
+    pub fn finish(mut self, command: &str) -> Outcome {
+        let stdout = read_all(self.child.stdout.take());
+        let stderr = read_all(self.child.stderr.take());
+        let began = Instant::now();
+        let status = loop {
+            match self.child.try_wait().expect("wait for a child") {
+                Some(status) => break status,
+                None if began.elapsed() > PATIENCE => {
+                    let _ = self.child.kill();
+                    break self.child.wait().expect("wait for a killed child");
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
             }
-            None => std::thread::sleep(Duration::from_millis(2)),
+        };
+        Outcome {
+            command: command.into(),
+            status: status.code(),
+            stdout: stdout.join().expect("read stdout"),
+            stderr: stderr.join().expect("read stderr"),
         }
-    };
-    Outcome {
-        command,
-        status: status.code(),
-        stdout: stdout.join().expect("read stdout"),
-        stderr: stderr.join().expect("read stderr"),
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Has no effect on a child that was waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -134,6 +173,29 @@ pub fn skipped(reason: &str) {
 pub fn signal(child: &Child, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_child(child);
     rustix::process::kill_process(pid, signal).expect("signal a child");
+}
+
+/// The number of the jailed process that runs `child`'s machine; waits until there is one. It is the child of `child` that
+/// has a second number, in a namespace of its own.
+#[track_caller]
+pub fn machine_of(child: &Child) -> u32 {
+    let parent = child.id().to_string();
+    let mut found = None;
+    eventually("there is a process for the machine", || {
+        let pids = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            entry.unwrap().file_name().to_str().and_then(|name| name.parse::<u32>().ok())
+        });
+        found = pids.into_iter().find(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let values = |name| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap_or_default().split_whitespace()
+            };
+            values("PPid:").eq([parent.as_str()]) && values("NSpid:").count() == 2
+        });
+        found.is_some()
+    });
+    found.unwrap()
 }
 
 /// Waits until `condition` holds; fails the test when it never does.

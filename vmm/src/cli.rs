@@ -59,8 +59,35 @@ pub fn status(result: Result<u8, Error>) -> u8 {
 /// # Errors
 /// Wrong usage that only shows when tried, and failures of the host.
 pub fn main(started: Instant) -> Result<u8, Error> {
-    match Arguments::parse().command {
+    match Arguments::try_parse().map_err(in_one_line)?.command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Agent(arguments) => agent::main(arguments),
+    }
+}
+
+/// What clap says about wrong usage, without the usage itself, which `--help` shows. Help that was asked for ends the program.
+fn in_one_line(error: clap::Error) -> Error {
+    use clap::error::ErrorKind;
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    let words = text
+        .lines()
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .flat_map(str::split_whitespace);
+    let line = words.skip_while(|word| *word == "error:").collect::<Vec<_>>().join(" ");
+    format!("{line}; see --help").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Arguments::command().debug_assert();
     }
 }

@@ -66,6 +66,9 @@ pub enum MachineError {
     /// The vsock device could not be set up.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A thread could not be confined.
+    #[error(transparent)]
+    Seccomp(#[from] jailer::seccomp::RestrictError),
     /// A thread, an eventfd or the event loop could not be had.
     #[error("{action}")]
     Host {
@@ -77,7 +80,8 @@ pub enum MachineError {
 }
 
 impl MachineError {
-    fn host(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+    /// For `map_err`: says what was asked of the host.
+    pub fn host(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Host { action, source }
     }
 }
@@ -126,8 +130,8 @@ enum VcpuStop {
     PowerOff,
     /// KVM cannot go on.
     Stuck(GuestStuck),
-    /// KVM failed.
-    Failed(KvmError),
+    /// The host failed.
+    Failed(MachineError),
 }
 
 enum Command {

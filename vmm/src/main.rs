@@ -1,9 +1,10 @@
 //! The `cleanslate` program: knows when the process began.
 //!
-//! It is the C library's `main`: the standard library's own would look for the main thread's stack in /proc and prepare to
-//! report its overflow, for the main thread and for each other one, a twentieth of the whole launch.
+//! With glibc it is the C library's `main`: the standard library's own would look for the main thread's stack in /proc and
+//! prepare to report its overflow, for the main thread and for each other one, a twentieth of the whole launch. (With musl the
+//! standard library has the command line from its own `main` alone.)
 
-#![no_main]
+#![cfg_attr(target_env = "gnu", no_main)]
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,18 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// Called by the C library, which the standard library has its arguments from as well.
 // SAFETY: the program has no other `main`, and this is the signature that the C library expects.
+#[cfg(target_env = "gnu")]
 #[unsafe(no_mangle)]
 extern "C" fn main(_count: i32, _arguments: *const *const u8) -> i32 {
+    run()
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn main() {
+    run();
+}
+
+fn run() -> ! {
     let started = process_start();
     vmm::memory::prepare_process();
     let status = vmm::cli::status(vmm::cli::main(started));

@@ -17,15 +17,22 @@ use crate::layout;
 
 /// Prepares the process. A reader that goes away becomes an error to be handled (`SIGPIPE` is ignored). The process's own
 /// heap is one for all threads: by default the C library gives each thread its own, which costs a short-lived monitor more
-/// system calls and memory than it could ever wait for a lock. And it is resident from the start, so that no page fault
-/// comes later and a long life holds no more memory than a short one.
+/// system calls and memory than it could ever wait for a lock.
 pub fn prepare_process() {
-    /// More than a machine needs at any time, and less than the C library would map apart or give back.
-    const HEAP_BYTES: usize = 120 * 1024;
+    #[cfg(target_env = "gnu")] // musl has one heap for all threads, and no `mallopt`.
     // SAFETY: `mallopt` changes a number that later allocations look at; any thread may call it at any time.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
     // SAFETY: ignoring a signal installs no handler.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
+/// Makes the heap of the process that runs a machine resident, so that no page fault comes later and a long life holds no
+/// more memory than a short one.
+pub fn warm_heap() {
+    /// More than a machine needs at any time, and less than the C library would map apart or give back.
+    const HEAP_BYTES: usize = 120 * 1024;
     drop(std::hint::black_box(vec![1_u8; HEAP_BYTES]));
 }
 

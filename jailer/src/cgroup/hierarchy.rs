@@ -34,14 +34,14 @@ impl Hierarchy {
     /// `36 31 0:33 /root-of-mount /mount/point rw,relatime - cgroup cgroup rw,memory`.
     fn parse(line: &str, own: &str) -> Option<Self> {
         let (place, filesystem) = line.split_once(" - ")?;
-        let mut place = place.split(' ').skip(3);
-        let (root, top) = (unescape(place.next()?), unescape(place.next()?));
         let mut filesystem = filesystem.split(' ');
         let version = match filesystem.next()? {
             "cgroup" => Version::V1,
             "cgroup2" => Version::V2,
             _ => return None,
         };
+        let mut place = place.split(' ').skip(3);
+        let (root, top) = (unescape(place.next()?), unescape(place.next()?));
         let controllers: Vec<String> = match version {
             Version::V1 => filesystem.nth(1)?.split(',').map(str::to_owned).collect(),
             Version::V2 => Vec::new(),
@@ -72,6 +72,9 @@ fn own_path(own: &str, wanted: impl Fn(&str) -> bool) -> Option<&str> {
 
 /// Spaces, tabs, line feeds and backslashes of paths are written in octal (proc(5)).
 fn unescape(path: &str) -> String {
+    if !path.contains('\\') {
+        return path.to_owned();
+    }
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .into_iter()
         .fold(path.to_owned(), |path, (code, character)| path.replace(code, character))

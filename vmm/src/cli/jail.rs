@@ -26,6 +26,8 @@ const DESCRIPTORS: u64 = 8192;
 #[derive(Debug, Args)]
 #[group(id = "jail")]
 #[command(next_help_heading = "Jail")]
+// clap would name a group for the struct, which has the same name as the one that it is part of.
+#[group(skip)]
 pub(super) struct Arguments {
     /// Run the machine in this process, with all its rights: no namespaces, limits or system call filters
     #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
@@ -91,16 +93,19 @@ impl Arguments {
             let (resources, _socket_file) = Resources::open(&config)?;
             return work(&config, resources, interrupts);
         }
+        let config = Config { seccomp: true, ..config };
         let mut prepared = self.jail(&config)?.prepare()?;
+        let (resources, _socket_file) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
             eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
         }
-        let (resources, _socket_file) = open(&config, prepared.janitor())?;
         let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
             let work = || -> Result<u8, Error> {
                 let inside = entered?;
                 let interrupts = Interrupts::catch()?;
                 inside.let_signals_come();
+                jailer::seccomp::catch_violations(inside.report)
+                    .map_err(MachineError::host("catch forbidden system calls"))?;
                 work(&config, resources.with_sockets_in(Path::new(SOCKETS)), interrupts)
             };
             status(work())

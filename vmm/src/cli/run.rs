@@ -17,6 +17,7 @@ use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
+use crate::memory;
 use crate::verify::{Expectations, Judge};
 use output::{Output, Summary};
 
@@ -165,6 +166,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            // The jail knows.
+            seccomp: false,
         })
     }
 
@@ -207,6 +210,7 @@ fn lead(
     interrupts: Interrupts,
     started: Instant,
 ) -> Result<u8, Error> {
+    memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
         return guest::follow(&machine);

@@ -225,9 +225,10 @@ impl VirtioDevice for Vsock {
     fn activate(&mut self, driver: Driver) {
         let interrupt = driver.interrupt.clone();
         match Guest::new(driver) {
+            // Not `serve`: this may be a vCPU's thread, which must not do the event loop's work.
             Ok(guest) => {
                 self.guest = guest;
-                self.serve();
+                self.host.wake();
             }
             Err(BrokenRing) => {
                 self.give_up();

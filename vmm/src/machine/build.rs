@@ -5,9 +5,10 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::Cause;
+use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::event_loop::{EventLoop, VirtioEvents};
+use super::event_loop::{EventLoop, EventLoopThread, VirtioEvents};
 use super::pmu::VcpuPmu;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
@@ -59,6 +60,7 @@ pub fn launch(
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
+    let thread = EventLoopThread::spawn(config.seccomp)?;
 
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
@@ -84,7 +86,7 @@ pub fn launch(
         }
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
-        let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone())
+        let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
@@ -103,7 +105,7 @@ pub fn launch(
         wake: Arc::clone(&wake),
         events: events_out,
     };
-    start(machine, event_loop, interrupts, outbox, events, host)
+    start(machine, (event_loop, thread), interrupts, outbox, events, host)
 }
 
 /// The counters of one vCPU.
@@ -114,10 +116,11 @@ fn emulated_pmu(config: &Config, vcpu: &Vcpu) -> Result<VcpuPmu, MachineError> {
 }
 
 /// Lets the machine run and moves it onto its event loop's thread. The guest starts at once: what it wants meanwhile waits
-/// in eventfds.
+/// in eventfds. From here on every thread is confined, if the configuration says so: the event loop's is, this one becomes
+/// so, and each vCPU's did so before it looked for orders.
 fn start(
     machine: Machine,
-    event_loop: EventLoop,
+    (event_loop, thread): (EventLoop, EventLoopThread),
     interrupts: Interrupts,
     commands: Sender<Message>,
     events: std::sync::mpsc::Receiver<super::Event>,
@@ -128,12 +131,13 @@ fn start(
     let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
     let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
+    thread.wait_ready()?;
+    if machine.config.seccomp {
+        jailer::seccomp::restrict(ThreadKind::Main)?;
+    }
     // From here on the vCPUs may hold any device.
     machine.run_vcpus();
-    let thread = std::thread::Builder::new()
-        .name("event-loop".into())
-        .spawn(move || event_loop.run(machine, interrupts))
-        .map_err(MachineError::host("start the event loop's thread"))?;
+    let thread = thread.run((event_loop, machine, interrupts));
     Ok(Handle {
         commands,
         wake,

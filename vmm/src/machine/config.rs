@@ -56,6 +56,8 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
+    pub seccomp: bool,
 }
 
 /// A wish that cannot be fulfilled.

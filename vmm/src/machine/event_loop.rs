@@ -2,11 +2,14 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use agent_protocol::Cause;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu_thread::VcpuThread;
@@ -53,6 +56,52 @@ impl EventLoop {
                 break;
             }
         }
+    }
+}
+
+/// What the loop's thread is given: everything.
+type Work = (EventLoop, Machine, Interrupts);
+
+/// The loop's thread before it has a machine. It starts while others are busy with the machine, so that nobody waits for it
+/// once that is ready.
+pub(super) struct EventLoopThread {
+    ready: Receiver<Result<(), RestrictError>>,
+    work: Sender<Work>,
+    thread: JoinHandle<()>,
+}
+
+impl EventLoopThread {
+    /// Starts the thread; with `seccomp` it confines itself.
+    pub fn spawn(seccomp: bool) -> Result<Self, MachineError> {
+        let (readiness, ready) = channel();
+        let (work, inbox) = channel::<Work>();
+        let main = move || {
+            let restricted =
+                if seccomp { jailer::seccomp::restrict(ThreadKind::EventLoop) } else { Ok(()) };
+            // Whoever does not listen any more sends no work either.
+            let _ = readiness.send(restricted);
+            if let Ok((event_loop, machine, interrupts)) = inbox.recv() {
+                event_loop.run(machine, interrupts);
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("event-loop".into())
+            .spawn(main)
+            .map_err(MachineError::host("start the event loop's thread"))?;
+        Ok(Self { ready, work, thread })
+    }
+
+    /// Waits until the thread is confined, if it is to be.
+    pub fn wait_ready(&self) -> Result<(), MachineError> {
+        // It says so before it does anything else.
+        Ok(self.ready.recv().expect("the thread has not panicked")?)
+    }
+
+    /// Gives the thread its work.
+    pub fn run(self, work: Work) -> JoinHandle<()> {
+        // It waits for nothing else.
+        let _ = self.work.send(work);
+        self.thread
     }
 }
 
@@ -186,7 +235,7 @@ impl Machine {
             },
             VcpuStop::PowerOff => Some(Stop::PowerOff),
             VcpuStop::Stuck(stuck) => Some(Stop::Stuck(stuck)),
-            VcpuStop::Failed(error) => Some(Stop::Failed(error.into())),
+            VcpuStop::Failed(error) => Some(Stop::Failed(error)),
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -82,12 +83,14 @@ pub(super) struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// `pmu` are its counters, if they are the monitor's.
+    /// Starts the thread; with `seccomp` it confines itself before it runs anything. `pmu` are the vCPU's counters, if they
+    /// are the monitor's.
     pub fn spawn(
         vcpu: Vcpu,
         id: u8,
         pmu: Option<VcpuPmu>,
         surroundings: Surroundings,
+        seccomp: bool,
     ) -> io::Result<Self> {
         install_kick_handler();
         let cell = Arc::new(VcpuCell::new(vcpu));
@@ -103,7 +106,10 @@ impl VcpuThread {
             surroundings,
         };
         let thread =
-            std::thread::Builder::new().name(format!("vcpu{id}")).spawn(|| runner.main())?;
+            std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || match seccomp {
+                true => runner.confined(),
+                false => runner.main(),
+            })?;
         Ok(Self { cell, control, pmu, thread: Some(thread) })
     }
 
@@ -233,27 +239,40 @@ struct Runner {
 }
 
 impl Runner {
+    /// Like [`Runner::main`], with a filter of system calls.
+    fn confined(self) {
+        match jailer::seccomp::restrict(ThreadKind::Vcpu) {
+            Ok(()) => self.main(),
+            Err(error) => self.stop(Instant::now(), VcpuStop::Failed(error.into())),
+        }
+    }
+
     fn main(self) {
         while let Some(nmi) = self.next_entry() {
             let mut vcpu = self.cell.lock();
             let queued = if nmi == NmiOrder::Queue { self.queue_nmi(&vcpu) } else { Ok(()) };
             let pause = queued
                 .and_then(|()| self.run(&mut vcpu))
-                .unwrap_or_else(|error| Pause::Stop(VcpuStop::Failed(error)));
+                .unwrap_or_else(|error| Pause::Stop(VcpuStop::Failed(error.into())));
             if let Pause::Stop(stop) = pause {
                 let at = Instant::now();
                 let stop = match self.complete_exit(&mut vcpu) {
                     Ok(()) => stop,
-                    Err(error) => VcpuStop::Failed(error),
+                    Err(error) => VcpuStop::Failed(error.into()),
                 };
                 drop(vcpu);
-                // In this order: whoever finds the vCPU parked finds its message too, and a reset drops it.
-                let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
-                self.park_itself();
-                if sent.is_ok() {
-                    let _ = self.surroundings.wake.write(1);
-                }
+                self.stop(at, stop);
             }
+        }
+    }
+
+    /// Parks and has the machine act.
+    fn stop(&self, at: Instant, stop: VcpuStop) {
+        // In this order: whoever finds the vCPU parked finds its message too, and a reset drops it.
+        let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
+        self.park_itself();
+        if sent.is_ok() {
+            let _ = self.surroundings.wake.write(1);
         }
     }
 

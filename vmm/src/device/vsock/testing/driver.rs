@@ -152,6 +152,8 @@ impl TestDriver {
             queues: vec![queue_0, queue_1, queue_2],
             interrupt: interrupts.clone(),
         });
+        // As the event loop does, which the activation has woken.
+        vsock.handle_backend();
         Self {
             vsock,
             ram,
