@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, Started, cleanslate, file, run, signal, skipped, temp_dir};
+use crate::harness::{Outcome, Started, TRACES, cleanslate, file, run, signal, skipped, temp_dir};
 
 const CORE_SELECT: u32 = 0xc001_0200;
 const CORE_COUNT: u32 = 0xc001_0201;
@@ -125,7 +125,11 @@ fn with_entry_for_counters(entry: u32) -> Guest {
 
 /// Starts a counter that is [`DISTANCE`] cycles from its overflow.
 fn start(guest: Guest, select: u64) -> Guest {
-    let count = (1 << 48) - u64::from(DISTANCE);
+    start_at(DISTANCE, guest, select)
+}
+
+fn start_at(distance: u32, guest: Guest, select: u64) -> Guest {
+    let count = (1 << 48) - u64::from(distance);
     guest.write_msr(CORE_COUNT, count).write_msr(CORE_SELECT, select)
 }
 
@@ -201,8 +205,8 @@ fn a_counter_of_cycles_not_halted_sleeps_with_its_processor() {
     /// Many times the way to the overflow.
     const SLEEP: Duration = Duration::from_millis(700);
     let dir = temp_dir();
-    // An NMI would wake the guest, and it has no way to take it.
-    let guest = start(with_nmis_at_overflow(), CYCLES).print("s").halt();
+    // Some 13 ms: the guest is asleep long before, even on a busy host. An NMI would wake it, and it has no way to take one.
+    let guest = start_at(1 << 25, with_nmis_at_overflow().print("s"), CYCLES).halt();
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let arguments = ["run", "--no-jail", "--pmu", "emulated", "--kernel", kernel.to_str().unwrap()];
     let mut program = Started::new(cleanslate(&arguments));
@@ -213,8 +217,12 @@ fn a_counter_of_cycles_not_halted_sleeps_with_its_processor() {
     let during = wake_ups(program.child.id()) - before;
     signal(&program.child, Signal::INT);
     program.finish("cleanslate run --kernel, asleep").expect_status(130);
-    // Some ten looks, the last ones half a second apart; each wakes two threads. Without patience it would be 200 looks.
-    assert!(during < 120, "{during} wake-ups while the guest slept for {SLEEP:?}");
+    // Some ten looks, the last ones half a second apart; each wakes two threads. Without patience it would be fifty.
+    // A tracer wakes them far more often.
+    assert!(
+        during < 80 || std::env::var_os(TRACES).is_some(),
+        "{during} wake-ups while the guest slept for {SLEEP:?}"
+    );
 }
 
 /// How often the threads of a process have gone to sleep of themselves so far.
