@@ -49,6 +49,8 @@ pub fn stamp() -> u64 {
 #[repr(C, align(64))]
 struct Scratch(MaybeUninit<[u8; SCRATCH_BYTES]>);
 
+// Behind everything else: what lies before the heap pushes its start into another page.
+#[unsafe(link_section = ".bss.large.scratch")]
 static mut SCRATCH: Scratch = Scratch(MaybeUninit::uninit());
 
 /// Where that memory is: at the same place in every life.
