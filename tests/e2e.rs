@@ -7,12 +7,16 @@ mod harness;
 
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
 mod bad_input;
+/// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
+mod counters;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.
 mod elsewhere;
 /// A thousand resets leave nothing behind on the host.
 mod endurance;
+/// `--inject`: each step that a reset leaves out on purpose is found under its name.
+mod faults;
 /// Filters of system calls: what they forbid ends the machine, and they allow no more than is used.
 mod filters;
 /// What must not be there is found, by name and by exit status.
@@ -27,5 +31,7 @@ mod jail;
 mod leftovers;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
+/// `--poison`: state that was dirty before a reset is clean after it, item by item.
+mod residue;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;

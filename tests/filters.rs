@@ -10,7 +10,8 @@ use crate::harness::guest::Guest;
 use crate::harness::{Outcome, Started, TRACES, cleanslate, file, skipped, temp_dir};
 
 /// Test modules whose machines make every call that a rule is for, unless it says that none does.
-const REPERTOIRE: [&str; 5] = ["findings::", "guests::", "hostile::", "lives::", "vsock::"];
+const REPERTOIRE: [&str; 7] =
+    ["counters::", "faults::", "findings::", "guests::", "hostile::", "lives::", "vsock::"];
 
 const KVM_RUN: u64 = 0xae80;
 

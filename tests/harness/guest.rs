@@ -47,6 +47,34 @@ impl Guest {
         test.raw(&[0x74, (-12_i8) as u8])
     }
 
+    /// `mov ecx, index; mov eax, low; mov edx, high; wrmsr`
+    pub fn write_msr(self, index: u32, value: u64) -> Self {
+        let (low, high) = (value as u32, (value >> 32) as u32);
+        let index = self.raw(&[0xb9]).raw(&index.to_le_bytes());
+        let value =
+            index.raw(&[0xb8]).raw(&low.to_le_bytes()).raw(&[0xba]).raw(&high.to_le_bytes());
+        value.raw(&[0x0f, 0x30])
+    }
+
+    /// `mov ecx, index; rdmsr`
+    pub fn read_msr(self, index: u32) -> Self {
+        self.raw(&[0xb9]).raw(&index.to_le_bytes()).raw(&[0x0f, 0x32])
+    }
+
+    /// Leaves this part out unless `eax` is `value`: `cmp eax, value; jne over`
+    pub fn if_eax_is(self, value: u32, then: Self) -> Self {
+        let len = u8::try_from(then.code.len()).expect("a short part");
+        assert!(len < 0x80, "too long for a short jump");
+        self.raw(&[0x3d]).raw(&value.to_le_bytes()).raw(&[0x75, len]).raw(&then.code)
+    }
+
+    /// Keeps the processor busy for so many ticks of its time stamp counter:
+    /// `rdtsc; mov esi, eax; 1: rdtsc; sub eax, esi; cmp eax, ticks; jb 1b`
+    pub fn spin(self, ticks: u32) -> Self {
+        let once = self.raw(&[0x0f, 0x31, 0x89, 0xc6, 0x0f, 0x31, 0x29, 0xf0, 0x3d]);
+        once.raw(&ticks.to_le_bytes()).raw(&[0x72, (-11_i8) as u8])
+    }
+
     /// Turns the machine off by ACPI's sleep control register.
     pub fn power_off(self) -> Self {
         self.out(0x601, 0x34).halt()

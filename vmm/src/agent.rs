@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
-use agent_protocol::{GuestReset, Hello, PROTOCOL_VERSION, Reply, Report, Request};
+use agent_protocol::{
+    GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report, Request, StateReading,
+};
 use serde::de::DeserializeOwned;
 
 /// Why a conversation ended. A guest can cause all but [`AgentError::Io`].
@@ -83,6 +85,52 @@ impl Agent {
         }
     }
 
+    /// Asks for the state that a reset restores, as it was before this life changed it.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn state(&mut self) -> Result<Vec<StateReading>, AgentError> {
+        match self.ask(&Request::GetState)? {
+            Reply::State(readings) => Ok(readings),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest give all of that state other values.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn poison(&mut self) -> Result<Vec<Poisoning>, AgentError> {
+        match self.ask(&Request::Poison)? {
+            Reply::Poisoned(poisonings) => Ok(poisonings),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest leave its performance counters dirty, and the first one `overflow_in` cycles before an overflow that
+    /// interrupts. A guest without counters refuses, which is no error.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn arm_pmu(&mut self, overflow_in: u64) -> Result<(), AgentError> {
+        match self.ask(&Request::ArmPmu { overflow_in })? {
+            Reply::Done | Reply::Refused(_) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Keeps the guest's processor busy until it has had another NMI than the `seen` first ones, or for `ticks` of its
+    /// time stamp counter.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn await_nmi(&mut self, seen: u32, ticks: u64) -> Result<(), AgentError> {
+        match self.ask(&Request::AwaitNmi { seen, ticks })? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest reset its machine. The conversation ends with its life.
     ///
     /// # Errors
@@ -144,6 +192,9 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Pong(_) => "with a pong".into(),
         Reply::Echo(_) => "with an echo".into(),
         Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
+        Reply::State(_) => "with its state".into(),
+        Reply::Poisoned(_) => "that it is poisoned".into(),
+        Reply::Done => "that it is done".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

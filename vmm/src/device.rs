@@ -3,6 +3,7 @@
 pub mod console;
 pub mod ioapic;
 pub mod nmi_status;
+pub mod pmu;
 pub mod reset_ports;
 pub mod virtio;
 pub mod vsock;

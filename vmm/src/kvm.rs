@@ -1,15 +1,18 @@
 //! KVM behind types of our own: the only modules that name the KVM crates.
 //!
-//! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `cpuid` and `pmu` what
-//! the guest may know, `irq` how devices reach it, `coalesced` which writes wait, `host` what this host is.
+//! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `unhalted` the same without the
+//! time that it slept, `cpuid` and `pmu` what the guest may know, `msr_exits` which registers it has from the monitor, `irq`
+//! how devices reach it, `coalesced` which writes wait, `host` what this host is.
 
 pub mod coalesced;
 pub mod cpuid;
 pub mod host;
 pub mod irq;
+pub mod msr_exits;
 pub mod pmu;
 pub mod state;
 pub mod tsc;
+pub mod unhalted;
 pub mod vcpu;
 pub mod vm;
 
@@ -44,6 +47,11 @@ pub enum KvmError {
     /// A PMU for guests was asked for and there is none.
     #[error("this KVM has no PMU for guests (kvm.enable_pmu=N); use --pmu off")]
     NoPmu,
+    /// The emulated PMU would not be looked for.
+    #[error(
+        "the emulated PMU is AMD's, and guests on this processor look for another vendor's; use --pmu off or --pmu host"
+    )]
+    NotAmd,
     /// A request failed.
     #[error("{action}")]
     Request {

@@ -3,12 +3,12 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use agent_protocol::{AGENT_PORT, Cause, GuestReset, Report};
+use agent_protocol::{AGENT_PORT, Cause, GuestReset, Poisoning, Report, StateReading};
 
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
 use crate::machine::{Event, Handle, MachineError, NmiOutcome, Stop};
-use crate::verify::{Failure, FailureKind, Life};
+use crate::verify::{self, Failure, FailureKind, Life};
 
 /// What to do with a machine.
 #[derive(Clone, Debug)]
@@ -19,9 +19,22 @@ pub struct Plan {
     pub causes: Vec<Cause>,
     /// NMIs to inject into the first life.
     pub nmis: u32,
+    /// Whether all state is poisoned before each reset, and looked at first thing afterwards.
+    pub poison: bool,
+    /// Whether the agent leaves its performance counters running and dirty before each reset.
+    pub arms_pmu: bool,
+    /// Whether each later life gets an NMI that was meant for the one before ([`crate::fault::Fault::NmiAfterReset`]).
+    pub late_nmi: bool,
     /// How long to wait for each answer.
     pub timeout: Duration,
 }
+
+/// How far from its overflow a counter is left running before a reset: a tenth of a second. If it survives, the next life
+/// is far enough by then to take the NMI.
+const OVERFLOW_IN_CYCLES: u64 = 1 << 28;
+
+/// How long an overflow may take to become an NMI, on a busy host: a second or less.
+const DELIVERY_TICKS: u64 = 1 << 31;
 
 /// Why a machine did not get to the end of its plan, apart from what its lives tell.
 #[derive(Debug, thiserror::Error)]
@@ -53,8 +66,9 @@ pub fn lead(
 ) -> Result<(), LifecycleError> {
     let mut causes = plan.causes.iter().copied().cycle().take(plan.resets as usize);
     let mut current = Beginning { life: 1, cause: Cause::PowerOn, at: started };
+    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new() };
     loop {
-        let (life, next) = Leader { machine, plan }.live(current, causes.next())?;
+        let (life, next) = leader.live(current, causes.next())?;
         on_life(&life);
         match next {
             Some(next) => current = next,
@@ -74,6 +88,10 @@ struct Beginning {
 struct Leader<'a> {
     machine: &'a Handle,
     plan: &'a Plan,
+    /// The state of the first life before it was poisoned, for the residue check.
+    power_on: Option<Vec<StateReading>>,
+    /// What the life before was poisoned with.
+    poisoned: Vec<Poisoning>,
 }
 
 /// A life that went wrong, or an end of everything.
@@ -91,11 +109,12 @@ impl From<LifecycleError> for Trouble {
 impl Leader<'_> {
     /// One life from its beginning to the reset by `cause`, or to its end if there is none.
     fn live(
-        &self,
+        &mut self,
         Beginning { life, cause, at }: Beginning,
         reset: Option<Cause>,
     ) -> Result<(Life, Option<Beginning>), LifecycleError> {
-        let mut record = Life { life, cause, hello_us: None, report: None, failure: None };
+        let mut record =
+            Life { life, cause, hello_us: None, report: None, residue: Vec::new(), failure: None };
         match self.live_through(&mut record, at, reset) {
             Ok(next) => Ok((record, next)),
             Err(Trouble::Life(failure)) => {
@@ -107,23 +126,56 @@ impl Leader<'_> {
     }
 
     fn live_through(
-        &self,
+        &mut self,
         record: &mut Life,
         began: Instant,
         reset: Option<Cause>,
     ) -> Result<Option<Beginning>, Trouble> {
         let mut agent = self.hello()?;
         record.hello_us = Some(began.elapsed().as_micros() as u64);
+        if self.plan.poison {
+            self.look_for_residue(&mut agent, record)?;
+        }
         if record.life == 1 {
             for _ in 0..self.plan.nmis {
                 self.inject_nmi(&mut agent)?;
             }
         }
-        record.report = Some(self.report(&mut agent)?);
+        if record.life > 1 && self.plan.late_nmi {
+            self.inject_nmi(&mut agent)?;
+        }
+        let mut report = self.report(&mut agent)?;
+        if let Some(ticks) = verify::ticks_to_overflow(&report) {
+            // A counter was left running. What it does in the end belongs to the verdict.
+            let waited = agent.await_nmi(report.nmi.total, ticks.saturating_add(DELIVERY_TICKS));
+            waited.map_err(|error| self.explain(error, FailureKind::NoReport))?;
+            report = self.report(&mut agent)?;
+        }
+        record.report = Some(report);
         match reset {
-            Some(cause) => self.reset(&mut agent, cause).map(Some),
+            Some(cause) => {
+                if self.plan.poison {
+                    let poisoned = agent.poison();
+                    self.poisoned = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                }
+                if self.plan.arms_pmu {
+                    let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
+                    armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
+                }
+                self.reset(&mut agent, cause).map(Some)
+            }
             None => Ok(None),
         }
+    }
+
+    /// The first thing that a life is asked.
+    fn look_for_residue(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
+        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport))?;
+        match &self.power_on {
+            Some(power_on) => record.residue = verify::compare(power_on, &self.poisoned, &state),
+            None => self.power_on = Some(state),
+        }
+        Ok(())
     }
 
     fn hello(&self) -> Result<Agent, Trouble> {

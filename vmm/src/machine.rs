@@ -7,6 +7,7 @@ mod build;
 mod config;
 mod event_loop;
 mod interrupts;
+mod pmu;
 mod reset;
 mod resources;
 mod vcpu_thread;
@@ -35,6 +36,7 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
+use crate::fault::FaultError;
 use crate::kvm::KvmError;
 use crate::kvm::host::{HostInfo, KvmKind};
 use crate::kvm::pmu::PmuAbsence;
@@ -55,6 +57,9 @@ pub enum MachineError {
     /// Memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The faults on purpose cannot be seen on this machine.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
     /// KVM refused something.
     #[error(transparent)]
     Kvm(#[from] KvmError),

@@ -165,10 +165,23 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Restore`]; memory is then in an unknown state and the machine must be dropped.
     pub fn restore(&mut self) -> Result<(), MemoryError> {
+        self.restore_below(u64::MAX)
+    }
+
+    /// The same for what lies below the guest address `end`, which is a multiple of the page size or beyond all RAM; the
+    /// rest stays as the guest left it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Restore`]; memory is then in an unknown state and the machine must be dropped.
+    pub fn restore_below(&mut self, end: u64) -> Result<(), MemoryError> {
         for region in self.ram.iter() {
-            let (start, len) = (region.as_ptr().cast::<libc::c_void>(), region.len() as usize);
-            // SAFETY: [start, start + len) is exactly the mapping that `region` owns and keeps alive. No Rust reference
-            // points into it: guest memory is reached only through vm-memory's volatile accessors, which expect
+            let len = end.saturating_sub(region.start_addr().0).min(region.len()) as usize;
+            if len == 0 {
+                continue;
+            }
+            let start = region.as_ptr().cast::<libc::c_void>();
+            // SAFETY: [start, start + len) lies in the mapping that `region` owns and keeps alive. No Rust reference points
+            // into it: guest memory is reached only through vm-memory's volatile accessors, which expect
             // contents to change at any time.
             let result = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
             if result != 0 {
@@ -209,6 +222,19 @@ mod tests {
         assert_eq!(&read(&memory, 0x1000), b"kern");
         assert_eq!(read(&memory, 0x2000), [0; 4]);
         assert_eq!(read(&memory, (4 << 20) - 4), [0; 4]);
+    }
+
+    #[test]
+    fn a_restore_below_an_address_leaves_the_rest() {
+        let mut memory = Memory::map(&template_with(b"kern")).unwrap();
+        for address in [0x1000, 0x2000, 0x3000] {
+            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+        }
+        memory.restore_below(0x3000).unwrap();
+        assert_eq!(&read(&memory, 0x1000), b"kern");
+        assert_eq!((read(&memory, 0x2000), &read(&memory, 0x3000)), ([0; 4], b"leak"));
+        memory.restore_below(0).unwrap();
+        assert_eq!(&read(&memory, 0x3000), b"leak");
     }
 
     #[test]

@@ -1,12 +1,17 @@
 //! The verdict: what the policy, a life's report and the one before it say about the reset between them.
 
 mod dmesg;
+mod pmu;
+mod residue;
 
-use agent_protocol::{Cause, MsrReading, PmuStatus, Report};
+use agent_protocol::{Cause, NmiRecord, Report};
 use serde::Serialize;
 
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
+
+pub use pmu::ticks_to_overflow;
+pub use residue::{Outcome, Residue, compare};
 
 /// One life of a machine, as host and agent saw it.
 #[derive(Clone, Debug, Serialize)]
@@ -20,6 +25,9 @@ pub struct Life {
     pub hello_us: Option<u64>,
     /// What the agent reported; none if it could not be had.
     pub report: Option<Report>,
+    /// What became of the state that was poisoned before the reset, if it was.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub residue: Vec<Residue>,
     /// Why there is no report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -128,13 +136,14 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
     if let Some(failure) = &life.failure {
         add(failure.kind.name(), failure.detail.clone());
     }
+    residue::check(&life.residue, &mut add);
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
         if expectations.kvm != KvmKind::Software {
             check_tsc(report, &mut add);
         }
-        check_pmu(expectations.pmu, report, &mut add);
-        check_nmis(report, &mut add);
+        pmu::check(expectations.pmu, life.life, report, &mut add);
+        check_nmis(life, report, &mut add);
         check_faults(report, &mut add);
         if let Some(before) = before {
             check_change(before, report, &mut add);
@@ -170,52 +179,7 @@ fn check_tsc(report: &Report, add: &mut Add) {
     }
 }
 
-fn check_pmu(policy: PmuPolicy, report: &Report, add: &mut Add) {
-    // Where no counter is idle, the boot check cannot tell a PMU that is not there from one that runs away.
-    let running = report.pmu.msrs.iter().find_map(|msr| Some((msr.index, running(msr)?)));
-    if let (Some((msr, value)), false) = (running, is_corrupted(report)) {
-        add("pmu-corrupted", format!("MSR {msr:x} was {value:x} before the kernel touched it"));
-    }
-    match (&report.pmu.status, policy) {
-        (PmuStatus::BrokenBios { msr, value }, _) => {
-            add("pmu-corrupted", format!("MSR {msr:x} was {value:x} before the kernel touched it"));
-        }
-        (PmuStatus::Present { driver }, PmuPolicy::Off) => {
-            add("pmu-visible", format!("--pmu off, but the guest has a working {driver} PMU"));
-        }
-        (PmuStatus::Absent, PmuPolicy::Host) => {
-            add("pmu-missing", "--pmu host, but the guest finds no PMU".into());
-        }
-        (PmuStatus::Broken, _) => {
-            add("pmu-broken", "counters do not hold what is written to them".into());
-        }
-        (PmuStatus::PresentDead, PmuPolicy::Off | PmuPolicy::Host) => {
-            add("pmu-dead", "counters hold values but do not count".into());
-        }
-        (PmuStatus::Absent, PmuPolicy::Off) | (PmuStatus::Present { .. }, PmuPolicy::Host) => {}
-    }
-}
-
-fn is_corrupted(report: &Report) -> bool {
-    matches!(report.pmu.status, PmuStatus::BrokenBios { .. })
-}
-
-/// The value of an event-select register that has its counter enabled (bit 22; for Intel's fixed counters either of the two
-/// enable bits of a nibble).
-fn running(msr: &MsrReading) -> Option<u64> {
-    const ENABLED: u64 = 1 << 22;
-    const FIXED_ENABLED: u64 = 0x3333_3333_3333_3333;
-    let value = msr.value?;
-    let enabled = match msr.index {
-        0x186..=0x18d | 0xc001_0000..=0xc001_0003 => value & ENABLED,
-        0xc001_0200..=0xc001_020b if msr.index.is_multiple_of(2) => value & ENABLED,
-        0x38d => value & FIXED_ENABLED,
-        _ => 0,
-    };
-    (enabled != 0).then_some(value)
-}
-
-fn check_nmis(report: &Report, add: &mut Add) {
+fn check_nmis(life: &Life, report: &Report, add: &mut Add) {
     let nmi = &report.nmi;
     let reasons: Vec<String> = nmi.records.iter().map(|r| format!("{:02x}", r.reason)).collect();
     let reasons = reasons.join(" ");
@@ -232,12 +196,35 @@ fn check_nmis(report: &Report, add: &mut Add) {
             "unknown-nmi" => nmi.unknown > 0,
             "serr-nmi" => nmi.serr > 0,
             "iochk-nmi" => nmi.iochk > 0,
-            "pmu-corrupted" => is_corrupted(report),
+            "pmu-corrupted" => pmu::is_corrupted(report),
             _ => false,
         };
         if !counted {
             add(finding.name, finding.line);
         }
+    }
+    // The first life has none before it.
+    if life.life > 1 {
+        check_nmis_of_the_earlier_life(report, add);
+    }
+}
+
+/// NMIs that nobody claims, after a reset: whose are they? Those before the agent's driver was ready had been waiting; of the
+/// others each counter that was left running explains one, and whatever remains came from elsewhere.
+fn check_nmis_of_the_earlier_life(report: &Report, add: &mut Add) {
+    let nmi = &report.nmi;
+    let waited = |record: &&NmiRecord| record.tsc < report.timings.tsc_ready;
+    let queued = nmi.records.iter().filter(waited).count() as u32;
+    if let Some(first) = nmi.records.iter().find(waited) {
+        let detail = format!(
+            "{queued} NMIs were waiting when the machine came back, the first at {:#x}",
+            first.rip
+        );
+        add("nmi-queued", detail);
+    }
+    let late = nmi.unknown.saturating_sub(queued).saturating_sub(pmu::overflows(report));
+    if late > 0 {
+        add("nmi-after-reset", format!("{late} NMIs came after the reset, from no counter"));
     }
 }
 
@@ -269,13 +256,6 @@ fn check_change(before: &Report, after: &Report, add: &mut Add) {
         |report: &Report| report.pmu.msrs.iter().map(|msr| msr.index).collect::<Vec<_>>();
     if registers(before) != registers(after) {
         add("pmu-changed", "the reset changed which PMU registers exist".into());
-    }
-    for (old, new) in before.pmu.msrs.iter().zip(&after.pmu.msrs) {
-        if old.index == new.index && old.value != new.value {
-            let detail =
-                format!("MSR {:x} was {:x?} and is {:x?}", old.index, old.value, new.value);
-            add("pmu-residue", detail);
-        }
     }
 }
 

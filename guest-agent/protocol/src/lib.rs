@@ -12,15 +12,17 @@ extern crate alloc;
 pub mod frame;
 mod message;
 mod report;
+mod residue;
 
 pub use message::{Cause, GuestReset, Hello, ParseCauseError, Reply, Request};
 pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
     PmuStatus, Report, Timings,
 };
+pub use residue::{Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;

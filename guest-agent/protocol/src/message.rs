@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Report;
+use crate::{Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,22 @@ pub enum Request {
     Reset(GuestReset),
     /// Power the machine off. No reply.
     PowerOff,
+    /// Leave every PMU register dirty and the first counter running, for a reset to clean up.
+    ArmPmu {
+        /// In how many cycles the running counter overflows, with its interrupt enabled.
+        overflow_in: u64,
+    },
+    /// Send the state that a reset restores, as it was before this life changed it.
+    GetState,
+    /// Give all of that state values that it does not have after a reset.
+    Poison,
+    /// Keep the processor busy until another NMI has come than those seen, or for so many cycles.
+    AwaitNmi {
+        /// How many NMIs the host knows of.
+        seen: u32,
+        /// How long to wait, in ticks of the time stamp counter.
+        ticks: u64,
+    },
 }
 
 /// What the agent answers.
@@ -54,6 +70,12 @@ pub enum Reply {
         /// True if the handler ran.
         delivered: bool,
     },
+    /// To [`Request::GetState`].
+    State(Vec<StateReading>),
+    /// To [`Request::Poison`].
+    Poisoned(Vec<Poisoning>),
+    /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
+    Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),
 }

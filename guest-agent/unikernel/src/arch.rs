@@ -1,6 +1,7 @@
 //! The machine: everything that needs `unsafe` because of what x86 is, behind functions that do not.
 
 mod fatal;
+pub mod fpu;
 pub mod gate;
 pub mod heap;
 mod memory_functions;
@@ -8,6 +9,7 @@ pub mod mmio;
 pub mod nucleus;
 pub mod port;
 pub mod pvh;
+pub mod ram;
 pub mod records;
 pub mod tsc;
 pub mod virtio;

@@ -15,6 +15,7 @@ use agent_protocol::{
 
 use crate::arch::{gate, port, pvh, records, tsc};
 use crate::dma;
+use crate::machine_state;
 
 /// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
 const PATIENCE: u32 = 1 << 18;
@@ -70,6 +71,9 @@ impl Agent {
         let (report, lines) = pmu::check(facts.pmu, &mut gate::CpuMsrs);
         for (level, text) in lines {
             self.log(level, text);
+        }
+        if pmu::has_driver(&report.status) {
+            gate::deliver_overflows_as_nmis();
         }
         self.pmu = Some(report);
     }
@@ -132,6 +136,19 @@ impl Agent {
         }
     }
 
+    fn arm_pmu(&mut self, overflow_in: u64) -> Reply {
+        self.finish_boot();
+        match &self.pmu {
+            Some(report) if pmu::has_driver(&report.status) => {
+                match pmu::arm(&report.cpuid, overflow_in, &mut gate::CpuMsrs) {
+                    true => Reply::Done,
+                    false => Reply::Refused("a PMU register took no value".into()),
+                }
+            }
+            _ => Reply::Refused("there are no performance counters".into()),
+        }
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -172,6 +189,16 @@ impl Answer for Agent {
             Request::NmiSelfTest => Reply::NmiSelfTest { delivered: self.nmi_self_test() },
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
+            Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
+            Request::GetState => Reply::State(machine_state::read()),
+            Request::Poison => Reply::Poisoned(machine_state::poison()),
+            Request::AwaitNmi { seen, ticks } => {
+                let began = tsc::now();
+                while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {
+                    core::hint::spin_loop();
+                }
+                Reply::Done
+            }
         })
     }
 

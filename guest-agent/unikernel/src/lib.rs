@@ -12,4 +12,5 @@ pub mod kernel_log;
 pub mod nmi;
 pub mod params;
 pub mod pmu;
+pub mod residue;
 pub mod vsock;

@@ -15,6 +15,7 @@ mod arch;
 mod dma;
 mod guest;
 mod io_apic;
+mod machine_state;
 mod serial;
 mod virtio;
 

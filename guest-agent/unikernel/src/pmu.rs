@@ -14,6 +14,8 @@ use counters::{Counters, Fixed, NoDriver};
 
 /// Event-select bit 22: the counter is enabled.
 const ENABLE: u64 = 1 << 22;
+/// Event-select bit 20: an overflow interrupts.
+const INTERRUPT: u64 = 1 << 20;
 /// Event-select bits 16 and 17: count in rings 3 and 0.
 const USER_AND_KERNEL: u64 = 3 << 16;
 const HYPERVISOR: u32 = 1 << 31;
@@ -76,6 +78,40 @@ pub fn check(cpuid: PmuCpuid, msrs: &mut impl Msrs) -> (PmuReport, Lines) {
     let check = Check { cpuid, counters, found };
     let (status, lines) = check.conclude(msrs);
     (PmuReport { status, cpuid, msrs: check.readings() }, lines)
+}
+
+/// True if Linux would use these counters. It then has their overflows come as NMIs.
+pub fn has_driver(status: &PmuStatus) -> bool {
+    match status {
+        PmuStatus::Present { .. } | PmuStatus::BrokenBios { .. } | PmuStatus::PresentDead => true,
+        PmuStatus::Absent | PmuStatus::Broken => false,
+    }
+}
+
+/// Leaves every register with a value that it does not have after a reset: the first counter running, `overflow_in` cycles
+/// before its overflow interrupts, the others idle, so that the boot check of a life that finds them so has some to test.
+/// False if there are no counters or a register faulted.
+pub fn arm(cpuid: &PmuCpuid, overflow_in: u64, msrs: &mut impl Msrs) -> bool {
+    /// What the idle counters are left with.
+    const MARK: u64 = 0x1eaf;
+    let Ok(counters) = Counters::of(cpuid) else { return false };
+    let select = counters.cycles | USER_AND_KERNEL | INTERRUPT;
+    let count = 1_u64.checked_shl(counters.width).unwrap_or(0).wrapping_sub(overflow_in);
+    let mut writes = Vec::new();
+    for number in 1..counters.count {
+        writes.push(MsrOperation::write(counters.select(number), select));
+        writes.push(MsrOperation::write(counters.counter(number), MARK + number as u64));
+    }
+    if let Some(set) = counters.global_status_set {
+        writes.push(MsrOperation::write(set, 1 << (counters.count - 1)));
+    }
+    if let Some(control) = counters.global_control {
+        writes.push(MsrOperation::write(control, 1));
+    }
+    writes.push(MsrOperation::write(counters.counter(0), count));
+    writes.push(MsrOperation::write(counters.select(0), select | ENABLE));
+    msrs.run(&mut writes);
+    writes.iter().all(|write| write.faulted == 0)
 }
 
 fn no_driver(cpuid: PmuCpuid, reason: NoDriver) -> (PmuReport, Lines) {

@@ -12,6 +12,8 @@ use clap::Args;
 use super::{Error, exit, jail};
 use crate::boot::Payload;
 use crate::device::console::ConsoleOutput;
+use crate::device::pmu::Shape;
+use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
@@ -39,6 +41,7 @@ Examples:
   cleanslate run --resets 3
   cleanslate run --resets 1000 --reset-via host --json
   cleanslate run --nmi 1
+  cleanslate run --resets 1 --pmu emulated --inject pmu-not-reset
   cleanslate run --kernel vmlinux --initrd initrd.img --cmdline 'console=ttyS0' --mem 512")]
 pub(super) struct Arguments {
     /// Reset the machine in place this many times
@@ -58,6 +61,26 @@ pub(super) struct Arguments {
     /// Performance counters of the guest
     #[arg(long, value_enum, default_value_t)]
     pmu: PmuPolicy,
+
+    /// Emulated counters: 1 is AMD's legacy or core set, 2 is PerfMonV2 with global registers [default: 2]
+    #[arg(long, value_name = "VERSION")]
+    pmu_version: Option<u8>,
+
+    /// How many emulated counters: 4 or 6, with --pmu-version 2 also 5 [default: 6]
+    #[arg(long, value_name = "N")]
+    pmu_counters: Option<u8>,
+
+    /// How often events happen on emulated counters, cycles apart: the same for the same number [default: 0]
+    #[arg(long, value_name = "N")]
+    pmu_seed: Option<u64>,
+
+    /// Give all state another value than it has after a reset before each one, and look at it first thing afterwards
+    #[arg(long, conflicts_with = "kernel")]
+    poison: bool,
+
+    /// Leave out this step of each reset, to see that the verdict finds it; may be repeated
+    #[arg(long, value_enum, value_name = "FAULT", conflicts_with = "kernel")]
+    inject: Vec<Fault>,
 
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
@@ -101,6 +124,15 @@ pub(super) struct Arguments {
     jail: jail::Arguments,
 }
 
+/// Options that contradict each other in ways that clap cannot tell.
+#[derive(Debug, thiserror::Error)]
+enum UsageError {
+    #[error("{0} describes the emulated counters: add --pmu emulated")]
+    NotEmulated(&'static str),
+    #[error("{0} shows after a reset: add --resets N")]
+    NoReset(&'static str),
+}
+
 #[derive(Debug, thiserror::Error)]
 #[error("print the result")]
 struct PrintError(#[source] std::io::Error);
@@ -113,7 +145,7 @@ fn parse_cause(word: &str) -> Result<Cause, String> {
 }
 
 impl Arguments {
-    fn config(&self) -> Config {
+    fn config(&self) -> Result<Config, Error> {
         let (payload, reset_policy, console) = match &self.kernel {
             Some(kernel) => (
                 Payload::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() },
@@ -122,23 +154,50 @@ impl Arguments {
             ),
             None => (Payload::Agent, ResetPolicy::InPlace, ConsoleOutput::Kept),
         };
-        Config {
+        Ok(Config {
             payload,
             command_line: self.cmdline.clone(),
             mem_mib: self.mem,
             vcpus: self.vcpus,
             pmu: self.pmu,
+            pmu_shape: self.pmu_shape()?,
+            pmu_seed: self.pmu_seed.unwrap_or(0),
+            faults: self.faults()?,
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
             // The jail knows.
             seccomp: false,
+        })
+    }
+
+    fn pmu_shape(&self) -> Result<Shape, Error> {
+        let described = [
+            ("--pmu-version", self.pmu_version.is_some()),
+            ("--pmu-counters", self.pmu_counters.is_some()),
+            ("--pmu-seed", self.pmu_seed.is_some()),
+        ];
+        if let Some((option, _)) = described.iter().find(|(_, is_given)| *is_given)
+            && self.pmu != PmuPolicy::Emulated
+        {
+            return Err(UsageError::NotEmulated(option).into());
         }
+        Ok(Shape::new(self.pmu_version.unwrap_or(2), self.pmu_counters.unwrap_or(6))?)
+    }
+
+    fn faults(&self) -> Result<Faults, Error> {
+        let faults = Faults::new(self.inject.clone(), self.pmu, self.poison)?;
+        for (option, is_given) in [("--inject", !faults.is_empty()), ("--poison", self.poison)] {
+            if is_given && self.resets == 0 {
+                return Err(UsageError::NoReset(option).into());
+            }
+        }
+        Ok(faults)
     }
 }
 
 pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> {
-    arguments.jail.run(arguments.config(), |config, resources, interrupts| {
+    arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
         lead(&arguments, config, resources, interrupts, started)
     })
 }
@@ -160,6 +219,9 @@ fn lead(
         resets: arguments.resets,
         causes: arguments.reset_via.clone(),
         nmis: arguments.nmi,
+        poison: arguments.poison,
+        arms_pmu: arguments.pmu != PmuPolicy::Off,
+        late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
     let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
@@ -183,7 +245,9 @@ fn lead(
         }
     }
     let status = if judge.findings().is_empty() { exit::CLEAN } else { exit::FINDINGS };
-    output.finish(&Summary::new(&machine, expectations, judge.findings())).map_err(PrintError)?;
+    output
+        .finish(&Summary::new(&machine, config, expectations, judge.findings()))
+        .map_err(PrintError)?;
     if arguments.hold {
         return guest::hold(&machine, status);
     }

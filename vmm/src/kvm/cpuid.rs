@@ -53,7 +53,7 @@ pub fn is_amd(cpuid: &CpuId) -> bool {
 /// What this KVM can give any guest under `policy`, before the differences between vCPUs, and which kind of KVM it is.
 ///
 /// # Errors
-/// [`KvmError::Request`] if KVM does not tell.
+/// [`KvmError::Request`] if KVM does not tell, [`KvmError::NotAmd`] if the processor has another PMU than the emulated one.
 pub fn supported(
     kvm: &Kvm,
     module: Module,
@@ -76,8 +76,12 @@ pub fn supported(
             }
         }
     }
-    if policy == PmuPolicy::Off {
-        pmu::hide(&mut cpuid);
+    match policy {
+        PmuPolicy::Host => {}
+        PmuPolicy::Off => pmu::hide(&mut cpuid),
+        // A guest picks its driver by the vendor.
+        PmuPolicy::Emulated if !is_amd(&cpuid) => return Err(KvmError::NotAmd),
+        PmuPolicy::Emulated => pmu::hide(&mut cpuid),
     }
     Ok((cpuid, kind))
 }

@@ -1,12 +1,19 @@
 //! Performance counters: whether a guest has any, and in which order a reset writes them.
 
-use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use serde::Serialize;
 
 use super::KvmError;
 use super::cpuid::{AMD_EXTENDED_FEATURES, Leaf, is_amd};
 use super::host::Module;
+use crate::fault::{Fault, FaultError, Faults};
+
+/// AMD's leaf about PerfMonV2.
+const AMD_PMU: u32 = 0x8000_0022;
+const AMD_ECX_PERFCTR_CORE: u32 = 1 << 23;
 
 /// `--pmu`: which performance counters a guest gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -17,6 +24,9 @@ pub enum PmuPolicy {
     Off,
     /// KVM's virtual PMU.
     Host,
+    /// The monitor's model of AMD's PMU, on hosts with and without one. `rdpmc` does not reach it: a kernel that samples with
+    /// `perf` or its NMI watchdog faults.
+    Emulated,
 }
 
 /// What made the PMU absent, or that it is not.
@@ -32,13 +42,15 @@ pub enum PmuAbsence {
     CpuidOnly,
     /// The guest has KVM's virtual PMU.
     NotAbsent,
+    /// The guest has the monitor's own, and no access to a register of KVM's.
+    Emulated,
 }
 
 impl PmuAbsence {
     /// True unless KVM itself keeps the guest from counting, whatever CPUID says. A reset then has counters to stop.
     pub fn guest_may_count(self) -> bool {
         match self {
-            Self::Capability | Self::ModuleParameter => false,
+            Self::Capability | Self::ModuleParameter | Self::Emulated => false,
             Self::CpuidOnly | Self::NotAbsent => true,
         }
     }
@@ -63,10 +75,15 @@ pub fn apply(
     match policy {
         PmuPolicy::Host if module.enable_pmu == Some(false) => Err(KvmError::NoPmu),
         PmuPolicy::Host => Ok(PmuAbsence::NotAbsent),
+        PmuPolicy::Emulated => {
+            // Registers that reached KVM's PMU as well would be counted twice.
+            if can_disable {
+                disable(vm)?;
+            }
+            Ok(PmuAbsence::Emulated)
+        }
         PmuPolicy::Off if can_disable => {
-            let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
-            cap.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
-            vm.enable_cap(&cap).map_err(KvmError::request("disable the PMU of the machine"))?;
+            disable(vm)?;
             Ok(PmuAbsence::Capability)
         }
         // 0 is ambiguous: an old kernel, or a module without PMU. Only the parameter tells.
@@ -75,12 +92,17 @@ pub fn apply(
     }
 }
 
+fn disable(vm: &VmFd) -> Result<(), KvmError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+    cap.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
+    vm.enable_cap(&cap).map_err(KvmError::request("disable the PMU of the machine"))
+}
+
 /// Removes every sign of a PMU from CPUID. KVM does not do it when its PMU is disabled.
 pub fn hide(cpuid: &mut CpuId) {
     const FEATURES_ECX_DTES64: u32 = 1 << 2;
     const FEATURES_ECX_PDCM: u32 = 1 << 15;
     const FEATURES_EDX_DS: u32 = 1 << 21;
-    const AMD_ECX_PERFCTR_CORE: u32 = 1 << 23;
     const AMD_ECX_PERFCTR_NB: u32 = 1 << 24;
     const AMD_ECX_PERFCTR_LLC: u32 = 1 << 28;
     const EDX_ARCH_LBR: u32 = 1 << 19;
@@ -92,7 +114,7 @@ pub fn hide(cpuid: &mut CpuId) {
             }
             (0x7, 0) => entry.edx &= !EDX_ARCH_LBR,
             // Architectural PMU, architectural LBR, PerfMonV2.
-            (0xa | 0x1c | 0x8000_0022, _) => {
+            (0xa | 0x1c | AMD_PMU, _) => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             (AMD_EXTENDED_FEATURES, _) => {
@@ -103,41 +125,98 @@ pub fn hide(cpuid: &mut CpuId) {
     }
 }
 
+/// Shows a PMU of AMD's in a CPUID without one: core counters or only legacy ones, and as many counters of PerfMonV2.
+///
+/// # Errors
+/// [`KvmError::Capability`] if KVM's own list leaves no room.
+pub fn show_amd(cpuid: &mut CpuId, core: bool, v2_counters: Option<u8>) -> Result<(), KvmError> {
+    const EXTENDED_RANGE: u32 = 0x8000_0000;
+    const PERF_MON_V2: u32 = 1 << 0;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            AMD_EXTENDED_FEATURES if core => entry.ecx |= AMD_ECX_PERFCTR_CORE,
+            EXTENDED_RANGE if v2_counters.is_some() => entry.eax = entry.eax.max(AMD_PMU),
+            _ => {}
+        }
+    }
+    let Some(counters) = v2_counters else { return Ok(()) };
+    let leaf = kvm_cpuid_entry2 {
+        function: AMD_PMU,
+        eax: PERF_MON_V2,
+        ebx: counters.into(),
+        ..Default::default()
+    };
+    match cpuid.as_mut_slice().iter_mut().find(|entry| entry.function == AMD_PMU) {
+        Some(entry) => *entry = leaf,
+        None => {
+            cpuid.push(leaf).map_err(|_| KvmError::Capability("room for one more CPUID leaf"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes that bring every counter of a guest with this CPUID to its reset state, in an order in which no counter runs
-/// between two of them: globals off, selectors, counters, status, and the globals' reset value last.
-pub fn reset_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
-    if is_amd(cpuid) { amd_sequence(cpuid) } else { intel_sequence(cpuid) }
+/// between two of them: globals off, selectors, counters, status, and the globals' reset value last. `faults` say which of
+/// them are left out.
+pub fn reset_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
+    if is_amd(cpuid) { amd_sequence(cpuid, faults) } else { intel_sequence(cpuid, faults) }
+}
+
+/// Refuses faults of which a guest with this CPUID could show nothing.
+///
+/// # Errors
+/// [`FaultError::Lacking`].
+pub fn check_faults(cpuid: &CpuId, faults: &Faults) -> Result<(), FaultError> {
+    let without = |left_out| {
+        let left_out = Faults::new(vec![left_out], PmuPolicy::Host, true)?;
+        Ok(reset_sequence(cpuid, &left_out).len()
+            == reset_sequence(cpuid, &Faults::default()).len())
+    };
+    let lacks = |fault| if faults.has(fault) { without(fault) } else { Ok(false) };
+    if lacks(Fault::PmuK7Only)? {
+        return Err(FaultError::Lacking(
+            Fault::PmuK7Only,
+            "AMD's fifth counter: --pmu-counters 5 or 6",
+        ));
+    }
+    if lacks(Fault::GlobalsLeft)? {
+        return Err(FaultError::Lacking(Fault::GlobalsLeft, "global registers: --pmu-version 2"));
+    }
+    Ok(())
 }
 
 /// AMD64 Architecture Programmer's Manual volume 2, section 13.2.
-fn amd_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
+fn amd_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
     const K7_SELECTOR: u32 = 0xc001_0000;
     const K7_COUNTER: u32 = 0xc001_0004;
+    const K7_COUNT: u32 = 4;
     const CORE_SELECTOR: u32 = 0xc001_0200;
     const GLOBAL_STATUS: u32 = 0xc000_0300;
     const GLOBAL_CONTROL: u32 = 0xc000_0301;
     const GLOBAL_STATUS_CLEAR: u32 = 0xc000_0302;
 
-    let core = Leaf::get(cpuid, AMD_EXTENDED_FEATURES, 0).ecx & 1 << 23 != 0;
-    let v2 = Leaf::get(cpuid, 0x8000_0022, 0);
+    let core = Leaf::get(cpuid, AMD_EXTENDED_FEATURES, 0).ecx & AMD_ECX_PERFCTR_CORE != 0;
+    let v2 = Leaf::get(cpuid, AMD_PMU, 0);
     let has_v2 = v2.eax & 1 != 0;
     let count = match (has_v2, core) {
         (true, _) => v2.ebx & 0xf,
         (false, true) => 6,
-        (false, false) => 4,
+        (false, false) => K7_COUNT,
     };
     // The legacy registers are aliases of the first core ones: one set is enough, and the smaller always exists.
-    let (selector, counter, step) = match core {
-        true => (CORE_SELECTOR, CORE_SELECTOR + 1, 2),
-        false => (K7_SELECTOR, K7_COUNTER, 1),
+    let (selector, counter, step, cleared) = match core && !faults.has(Fault::PmuK7Only) {
+        true => (CORE_SELECTOR, CORE_SELECTOR + 1, 2, count),
+        false => (K7_SELECTOR, K7_COUNTER, 1, count.min(K7_COUNT)),
     };
+    let cleared = if faults.has(Fault::PmuNotReset) { 0 } else { cleared };
+    let globals = has_v2 && !faults.has(Fault::GlobalsLeft);
     let mut writes = Vec::new();
-    if has_v2 {
+    if globals {
         writes.push((GLOBAL_CONTROL, 0));
     }
-    writes.extend((0..count).map(|i| (selector + step * i, 0)));
-    writes.extend((0..count).map(|i| (counter + step * i, 0)));
-    if has_v2 {
+    writes.extend((0..cleared).map(|i| (selector + step * i, 0)));
+    writes.extend((0..cleared).map(|i| (counter + step * i, 0)));
+    if globals {
         writes.extend([(GLOBAL_STATUS, 0), (GLOBAL_STATUS_CLEAR, 0)]);
         writes.push((GLOBAL_CONTROL, (1 << count) - 1));
     }
@@ -145,7 +224,7 @@ fn amd_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
 }
 
 /// Intel SDM volume 3, chapter "Performance Monitoring".
-fn intel_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
+fn intel_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
     const COUNTER: u32 = 0xc1;
     const SELECTOR: u32 = 0x186;
     const FIXED_COUNTER: u32 = 0x309;
@@ -161,18 +240,25 @@ fn intel_sequence(cpuid: &CpuId) -> Vec<(u32, u64)> {
         return Vec::new();
     }
     let fixed = if version >= 2 { leaf.edx & 0x1f } else { 0 };
+    let clears = !faults.has(Fault::PmuNotReset);
+    let globals = version >= 2 && !faults.has(Fault::GlobalsLeft);
     let mut writes = Vec::new();
-    if version >= 2 {
-        writes.extend([(GLOBAL_CONTROL, 0), (FIXED_CONTROL, 0)]);
+    if globals {
+        writes.push((GLOBAL_CONTROL, 0));
     }
-    writes.extend((0..count).map(|i| (SELECTOR + i, 0)));
-    writes.extend((0..count).map(|i| (COUNTER + i, 0)));
-    writes.extend((0..fixed).map(|i| (FIXED_COUNTER + i, 0)));
-    if Leaf::get(cpuid, 1, 0).edx & DEBUG_STORE != 0 {
-        // PEBS_ENABLE and DS_AREA.
-        writes.extend([(0x3f1, 0), (0x600, 0)]);
+    if clears {
+        if version >= 2 {
+            writes.push((FIXED_CONTROL, 0));
+        }
+        writes.extend((0..count).map(|i| (SELECTOR + i, 0)));
+        writes.extend((0..count).map(|i| (COUNTER + i, 0)));
+        writes.extend((0..fixed).map(|i| (FIXED_COUNTER + i, 0)));
+        if Leaf::get(cpuid, 1, 0).edx & DEBUG_STORE != 0 {
+            // PEBS_ENABLE and DS_AREA.
+            writes.extend([(0x3f1, 0), (0x600, 0)]);
+        }
     }
-    if version >= 2 {
+    if globals {
         writes.extend([(GLOBAL_STATUS, 0), (GLOBAL_OVERFLOW_CONTROL, 0)]);
         writes.push((GLOBAL_CONTROL, (1 << count) - 1));
     }
@@ -188,109 +274,4 @@ pub fn is_pmu_msr(index: u32) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use kvm_bindings::kvm_cpuid_entry2;
-
-    fn leaf(function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
-    }
-
-    fn amd(leaves: &[kvm_cpuid_entry2]) -> CpuId {
-        let vendor = leaf(0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65);
-        CpuId::from_entries(&[&[vendor], leaves].concat()).unwrap()
-    }
-
-    fn intel(leaves: &[kvm_cpuid_entry2]) -> CpuId {
-        let vendor = leaf(0, 0x1f, 0x756e_6547, 0x6c65_746e, 0x4965_6e69);
-        CpuId::from_entries(&[&[vendor], leaves].concat()).unwrap()
-    }
-
-    #[test]
-    fn amd_legacy_counters_are_four() {
-        let expected: Vec<_> = (0xc001_0000..=0xc001_0007).map(|msr| (msr, 0)).collect();
-        assert_eq!(reset_sequence(&amd(&[])), expected);
-    }
-
-    #[test]
-    fn amd_core_counters_are_six_and_selectors_go_first() {
-        let writes = reset_sequence(&amd(&[leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0)]));
-        assert_eq!(writes.len(), 12);
-        assert_eq!((writes[0], writes[5]), ((0xc001_0200, 0), (0xc001_020a, 0)));
-        assert_eq!((writes[6], writes[11]), ((0xc001_0201, 0), (0xc001_020b, 0)));
-    }
-
-    #[test]
-    fn globals_are_off_first_and_have_their_reset_value_last() {
-        let cpuid =
-            amd(&[leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0), leaf(0x8000_0022, 1, 6, 0, 0)]);
-        let writes = reset_sequence(&cpuid);
-        assert_eq!(writes.first(), Some(&(0xc000_0301, 0)));
-        assert_eq!(writes.last(), Some(&(0xc000_0301, 0x3f)));
-        let cpuid = intel(&[leaf(0xa, 4 << 8 | 2, 0, 0, 3)]);
-        let writes = reset_sequence(&cpuid);
-        assert_eq!(writes.first(), Some(&(0x38f, 0)));
-        assert_eq!(writes.last(), Some(&(0x38f, 0xf)));
-        assert_eq!(writes.len(), 2 + 4 + 4 + 3 + 2 + 1);
-    }
-
-    /// Guests that together have every counter that KVM can give.
-    fn all_kinds() -> [CpuId; 4] {
-        let core = leaf(AMD_EXTENDED_FEATURES, 0, 0, 1 << 23, 0);
-        [
-            amd(&[]),
-            amd(&[core]),
-            amd(&[core, leaf(0x8000_0022, 1, 6, 0, 0)]),
-            intel(&[leaf(1, 0, 0, 0, 1 << 21), leaf(0xa, 8 << 8 | 5, 0, 0, 4)]),
-        ]
-    }
-
-    #[test]
-    fn every_written_register_is_known_as_one() {
-        for (msr, _) in all_kinds().iter().flat_map(reset_sequence) {
-            assert!(is_pmu_msr(msr), "{msr:#x}");
-        }
-    }
-
-    #[test]
-    fn every_register_kept_from_the_generic_restore_is_written_or_shows_one_that_is() {
-        /// The same counters as 0xc1 and on, by their full width (Intel SDM volume 3, "Full-Width Writes").
-        const FULL_WIDTH: std::ops::RangeInclusive<u32> = 0x4c1..=0x4c8;
-        /// Sets bits of the global status and reads as zero (AMD64 APM volume 2, 13.2.3).
-        const GLOBAL_STATUS_SET: u32 = 0xc000_0303;
-        let written: Vec<u32> =
-            all_kinds().iter().flat_map(reset_sequence).map(|(msr, _)| msr).collect();
-        let all = (0..0x2000).chain(0xc000_0000..0xc000_2000).chain(0xc001_0000..0xc001_2000);
-        for msr in all.filter(|msr| is_pmu_msr(*msr)) {
-            let shows_another = FULL_WIDTH.contains(&msr) || msr == GLOBAL_STATUS_SET;
-            assert!(written.contains(&msr) || shows_another, "{msr:#x}: nobody resets it");
-        }
-    }
-
-    #[test]
-    fn counters_are_reset_unless_kvm_itself_has_none() {
-        let check = |absence: PmuAbsence, expected| {
-            assert_eq!(absence.guest_may_count(), expected, "{absence:?}");
-        };
-        check(PmuAbsence::Capability, false);
-        check(PmuAbsence::ModuleParameter, false);
-        check(PmuAbsence::CpuidOnly, true);
-        check(PmuAbsence::NotAbsent, true);
-    }
-
-    #[test]
-    fn a_hidden_pmu_leaves_no_trace_in_cpuid() {
-        let mut cpuid = amd(&[
-            leaf(1, 0, 0, 0xffff_ffff, 0xffff_ffff),
-            leaf(0xa, 1, 1, 1, 1),
-            leaf(AMD_EXTENDED_FEATURES, 0, 0, 0xffff_ffff, 0),
-            leaf(0x8000_0022, 1, 6, 0, 0),
-        ]);
-        hide(&mut cpuid);
-        assert_eq!(Leaf::get(&cpuid, 1, 0).ecx & 1 << 15, 0);
-        assert_eq!(Leaf::get(&cpuid, 0xa, 0), Leaf::default());
-        assert_eq!(Leaf::get(&cpuid, AMD_EXTENDED_FEATURES, 0).ecx & 1 << 23, 0);
-        assert_eq!(Leaf::get(&cpuid, 0x8000_0022, 0), Leaf::default());
-        assert_eq!(intel_sequence(&cpuid), []);
-    }
-}
+mod tests;

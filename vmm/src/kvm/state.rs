@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use super::KvmError;
 use super::pmu::{self, PmuAbsence};
 use super::tsc::TscOffset;
+use crate::fault::{Fault, Faults};
 
 /// Set back by its offset; see `tsc`.
 const MSR_TSC: u32 = 0x10;
@@ -106,10 +107,12 @@ pub struct PowerOnState {
     msrs: Vec<kvm_msr_entry>,
     deadline: Vec<kvm_msr_entry>,
     pmu: Vec<kvm_msr_entry>,
+    /// What a restore leaves out.
+    faults: Faults,
 }
 
 impl PowerOnState {
-    /// Captures a vCPU that is completely set up and has not run.
+    /// Captures a vCPU that is completely set up and has not run. What is put back leaves out what `faults` say.
     ///
     /// # Errors
     /// [`KvmError::Request`] naming what KVM did not give.
@@ -118,6 +121,7 @@ impl PowerOnState {
         vcpu: &VcpuFd,
         cpuid: &CpuId,
         pmu_absence: PmuAbsence,
+        faults: &Faults,
     ) -> Result<Self, KvmError> {
         let listed = kvm.get_msr_index_list().map_err(KvmError::request("list the MSRs"))?;
         let listed = listed.as_slice();
@@ -125,9 +129,8 @@ impl PowerOnState {
         let msrs = read_msrs(vcpu, &generic_msrs(listed, mcg_cap))?;
         let has_feature_control = msrs.iter().any(|msr| msr.index == MSR_FEATURE_CONTROL);
         let offered = |(index, _): &&(u32, u64)| listed.contains(index);
-        let pmu = pmu_writes(vcpu, cpuid, pmu_absence)?;
-        // The first life starts as every later one does: KVM before Linux 6.12 leaves the global enables at zero.
-        write_msrs(vcpu, &pmu)?;
+        // The first life starts as every later one should: KVM before Linux 6.12 leaves the global enables at zero.
+        write_msrs(vcpu, &pmu_writes(vcpu, cpuid, pmu_absence, &Faults::default())?)?;
         Ok(Self {
             regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
@@ -146,7 +149,8 @@ impl PowerOnState {
                 .collect(),
             msrs,
             deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
-            pmu,
+            pmu: pmu_writes(vcpu, cpuid, pmu_absence, faults)?,
+            faults: faults.clone(),
         })
     }
 
@@ -156,22 +160,33 @@ impl PowerOnState {
     /// # Errors
     /// [`KvmError`]; the vCPU is then half of either life and its machine must be dropped.
     pub fn restore(&self, vcpu: &VcpuFd, tsc: TscOffset) -> Result<(), KvmError> {
+        let does = |fault| !self.faults.has(fault);
         // First of all, KVM forgets where in RAM it was to write clocks and flags.
-        write_msrs(vcpu, &self.pv)?;
+        if does(Fault::PvClockLeft) {
+            write_msrs(vcpu, &self.pv)?;
+        }
         // KVM refuses to clear CR4.VMXE of a guest in VMX operation; a zero here takes it out, and its own guest with it.
         // The value at power-on comes with the other MSRs.
         write_msrs(vcpu, &self.leave_vmx)?;
         // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
         // leaves a nested guest of AMD's kind.
         vcpu.set_sregs(&self.sregs).map_err(KvmError::request("put back the system registers"))?;
-        vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
-        // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is enabled
-        // for this process, so the state is no longer than the structure.
-        unsafe { vcpu.set_xsave(&self.xsave) }
-            .map_err(KvmError::request("put back the extended state"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
-        vcpu.set_debug_regs(&self.debug_regs)
-            .map_err(KvmError::request("put back the debug registers"))?;
+        if does(Fault::LapicTimerLeft) {
+            vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
+        } else {
+            lapic_timer_left(vcpu, self.lapic)?;
+        }
+        if does(Fault::FpuKept) {
+            // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is
+            // enabled for this process, so the state is no longer than the structure.
+            unsafe { vcpu.set_xsave(&self.xsave) }
+                .map_err(KvmError::request("put back the extended state"))?;
+            vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
+        }
+        if does(Fault::DebugregsKept) {
+            vcpu.set_debug_regs(&self.debug_regs)
+                .map_err(KvmError::request("put back the debug registers"))?;
+        }
         write_msrs(vcpu, &self.msrs)?;
         // The deadline needs the APIC's timer mode, so after the APIC.
         tsc.apply(vcpu)?;
@@ -179,9 +194,24 @@ impl PowerOnState {
         write_msrs(vcpu, &self.pmu)?;
         // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
         vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;
-        vcpu.set_vcpu_events(&self.events).map_err(KvmError::request("cancel queued events"))?;
+        if does(Fault::NmiQueued) {
+            vcpu.set_vcpu_events(&self.events)
+                .map_err(KvmError::request("cancel queued events"))?;
+        }
         vcpu.set_mp_state(self.mp_state).map_err(KvmError::request("put back the run state"))
     }
+}
+
+/// Puts back the local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]).
+fn lapic_timer_left(vcpu: &VcpuFd, mut reset: kvm_lapic_state) -> Result<(), KvmError> {
+    /// LVT entry, initial count, divide configuration; 32 bits each.
+    const TIMER: [usize; 3] = [0x320, 0x380, 0x3e0];
+    let left = vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?;
+    for register in TIMER {
+        let bytes = register..register + 4;
+        reset.regs[bytes.clone()].copy_from_slice(&left.regs[bytes]);
+    }
+    vcpu.set_lapic(&reset).map_err(KvmError::request("put back the local APIC"))
 }
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {
@@ -194,11 +224,12 @@ fn pmu_writes(
     vcpu: &VcpuFd,
     cpuid: &CpuId,
     absence: PmuAbsence,
+    faults: &Faults,
 ) -> Result<Vec<kvm_msr_entry>, KvmError> {
     if !absence.guest_may_count() {
         return Ok(Vec::new());
     }
-    let sequence = pmu::reset_sequence(cpuid);
+    let sequence = pmu::reset_sequence(cpuid, faults);
     let indices: Vec<u32> = sequence.iter().map(|(index, _)| *index).collect();
     let there = read_msrs(vcpu, &indices)?;
     let is_there = |(index, _): &&(u32, u64)| there.iter().any(|msr| msr.index == *index);

@@ -6,15 +6,21 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{CpuId, kvm_lapic_state, kvm_regs, kvm_run, kvm_segment, kvm_sregs};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_bindings::{
+    CpuId, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_lapic_state, kvm_regs,
+    kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
+};
+use kvm_ioctls::{Kvm, ReadMsrExit, VcpuExit, VcpuFd, WriteMsrExit};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::KvmError;
 use super::coalesced::CoalescedWrites;
+use super::msr_exits::{MsrRead, MsrWrite};
 use super::pmu::PmuAbsence;
 use super::state::PowerOnState;
 use super::tsc::TscOffset;
+use super::unhalted::UnhaltedClock;
+use crate::fault::Faults;
 use crate::layout::{self, Entry};
 use crate::memory::GuestRam;
 
@@ -31,6 +37,10 @@ pub enum Exit<'a> {
     MmioWrite(u64, &'a [u8]),
     /// End of a level-triggered interrupt of the I/O APIC.
     EndOfInterrupt(u8),
+    /// `rdmsr` of a register that the guest has from the monitor.
+    MsrRead(MsrRead<'a>),
+    /// `wrmsr` to such a register.
+    MsrWrite(MsrWrite<'a>),
     /// Somebody wants the vCPU's attention.
     Kicked,
     /// An exception with no way to deliver it.
@@ -140,7 +150,8 @@ impl Vcpu {
         Ok(Self { fd, cpuid, id, run_page: Arc::new(run_page) })
     }
 
-    /// Gives the vCPU its registers for the first instruction and captures the result. The first vCPU starts at `entry`,
+    /// Gives the vCPU its registers for the first instruction and captures the result, for resets that leave out what `faults`
+    /// say. The first vCPU starts at `entry`,
     /// the others wait to be started by it.
     ///
     /// # Errors
@@ -150,6 +161,7 @@ impl Vcpu {
         kvm: &Kvm,
         entry: Entry,
         pmu_absence: PmuAbsence,
+        faults: &Faults,
     ) -> Result<PowerOnState, KvmError> {
         if self.id == 0 {
             let mut sregs =
@@ -161,7 +173,7 @@ impl Vcpu {
         let mut lapic = self.fd.get_lapic().map_err(KvmError::request("get the local APIC"))?;
         wire_local_interrupts(&mut lapic);
         self.fd.set_lapic(&lapic).map_err(KvmError::request("set the local APIC"))?;
-        PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu_absence)
+        PowerOnState::capture(kvm, &self.fd, &self.cpuid, pmu_absence, faults)
     }
 
     /// The machine's ring of coalesced writes, at page `number` of each vCPU.
@@ -196,6 +208,12 @@ impl Vcpu {
             Ok(VcpuExit::MmioRead(address, data)) => Ok(Exit::MmioRead(address, data)),
             Ok(VcpuExit::MmioWrite(address, data)) => Ok(Exit::MmioWrite(address, data)),
             Ok(VcpuExit::IoapicEoi(vector)) => Ok(Exit::EndOfInterrupt(vector)),
+            Ok(VcpuExit::X86Rdmsr(ReadMsrExit { error, index, data, .. })) => {
+                Ok(Exit::MsrRead(MsrRead { index, value: data, error }))
+            }
+            Ok(VcpuExit::X86Wrmsr(WriteMsrExit { error, index, data, .. })) => {
+                Ok(Exit::MsrWrite(MsrWrite { index, value: data, error }))
+            }
             Ok(VcpuExit::Shutdown) => Ok(Exit::TripleFault),
             Ok(VcpuExit::Intr) => Ok(Exit::Kicked),
             Ok(VcpuExit::InternalError) => Ok(Exit::InternalError),
@@ -219,12 +237,59 @@ impl Vcpu {
     /// [`KvmError::Request`].
     pub fn inject_nmi(&self) -> Result<bool, KvmError> {
         let lapic = self.fd.get_lapic().map_err(KvmError::request("get the local APIC"))?;
-        let lint1 = register(&lapic, LVT_LINT1);
-        if lint1 & LVT_MASKED != 0 || lint1 & LVT_MODE != LVT_MODE_NMI {
+        self.queue_nmi_through(&lapic, LVT_LINT1)
+    }
+
+    /// Delivers the overflow of a performance counter as the local APIC's entry for it (LVTPC) says: as an NMI if it is
+    /// unmasked and wants one, else not at all. The entry stays as it is: AMD's local APIC does not mask it on delivery, as
+    /// Intel's does. Returns whether an NMI was queued.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn deliver_overflow(&mut self) -> Result<bool, KvmError> {
+        /// Bit 11 of the APIC base register: without it there is no APIC, whatever its registers hold.
+        const APIC_ENABLED: u64 = 1 << 11;
+        if self.fd.get_kvm_run().apic_base & APIC_ENABLED == 0 {
+            return Ok(false);
+        }
+        let lapic = self.fd.get_lapic().map_err(KvmError::request("get the local APIC"))?;
+        self.queue_nmi_through(&lapic, LVT_COUNTERS)
+    }
+
+    fn queue_nmi_through(&self, lapic: &kvm_lapic_state, entry: usize) -> Result<bool, KvmError> {
+        let entry = register(lapic, entry);
+        if entry & LVT_MASKED != 0 || entry & LVT_MODE != LVT_MODE_NMI {
             return Ok(false);
         }
         self.fd.nmi().map_err(KvmError::request("queue an NMI"))?;
         Ok(true)
+    }
+
+    /// Leaves the vCPU in the handler of an NMI with another one queued and no other event, as if its machine was reset at
+    /// such a moment.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn queue_nmi_behind_another(&self) -> Result<(), KvmError> {
+        let mut events = kvm_vcpu_events {
+            flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
+            ..Default::default()
+        };
+        (events.nmi.masked, events.nmi.pending) = (1, 1);
+        self.fd.set_vcpu_events(&events).map_err(KvmError::request("queue an NMI"))
+    }
+
+    /// A clock that stands still while this vCPU is halted.
+    ///
+    /// # Errors
+    /// [`KvmError`] on a KVM that does not say how long it was.
+    pub fn unhalted_clock(&self) -> Result<UnhaltedClock, KvmError> {
+        UnhaltedClock::new(&self.fd)
+    }
+
+    /// What this vCPU knows of itself.
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
     }
 
     /// The instruction pointer and the bytes there, for messages. No bytes if the address leads nowhere.
@@ -252,6 +317,7 @@ impl Vcpu {
 }
 
 /// Offsets in the register page of a local APIC (Intel SDM volume 3, table "Local APIC Register Address Map").
+const LVT_COUNTERS: usize = 0x340;
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
 const LVT_MASKED: u32 = 1 << 16;

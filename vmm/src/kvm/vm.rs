@@ -1,6 +1,6 @@
 //! A machine in KVM: memory, interrupt controller, notifications.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -15,7 +15,7 @@ use super::host::{KvmKind, Module};
 use super::irq::IrqRouter;
 use super::pmu::{self, PmuAbsence, PmuPolicy};
 use super::vcpu::Vcpu;
-use super::{KvmError, cpuid};
+use super::{KvmError, cpuid, msr_exits};
 use crate::device::ioapic::PINS;
 use crate::layout;
 use crate::memory::Memory;
@@ -77,6 +77,18 @@ impl Vm {
     /// What made the PMU absent.
     pub fn pmu_absence(&self) -> PmuAbsence {
         self.pmu_absence
+    }
+
+    /// Has the guest's accesses to these registers come to the monitor.
+    ///
+    /// # Errors
+    /// [`KvmError::Capability`] on a KVM that cannot, [`KvmError::Request`] if it refuses.
+    pub fn divert_registers(
+        &self,
+        kvm: &Kvm,
+        ranges: &[RangeInclusive<u32>],
+    ) -> Result<(), KvmError> {
+        msr_exits::divert(kvm, &self.fd, ranges)
     }
 
     /// Delivers the I/O APIC's messages to this machine.

@@ -9,12 +9,14 @@ use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::event_loop::{EventLoop, EventLoopThread, VirtioEvents};
+use super::pmu::VcpuPmu;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
     Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
 };
 use crate::boot::{self, Image};
 use crate::bus::{Bus, Shared};
+use crate::device;
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
@@ -23,6 +25,8 @@ use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY, WRITES_THAT_CAN_WAIT};
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
+use crate::kvm::pmu::{self, PmuPolicy};
+use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Kvm, cpuid};
 use crate::layout::{self, Entry};
@@ -43,10 +47,21 @@ pub fn launch(
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
+    config.check_faults()?;
     // This thread sleeps now and then while KVM builds the machine; that one uses the time.
     let thread = EventLoopThread::spawn(config.seccomp)?;
-    let (supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    let emulates_pmu = config.pmu == PmuPolicy::Emulated;
+    if emulates_pmu {
+        let shape = config.pmu_shape;
+        let globals = shape.has_globals().then_some(shape.counters());
+        pmu::show_amd(&mut supported, shape.has_core(), globals)?;
+    }
+    pmu::check_faults(&supported, &config.faults)?;
     let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
+    if emulates_pmu {
+        vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
+    }
 
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
@@ -70,8 +85,9 @@ pub fn launch(
             });
             surroundings.coalesced = vm.coalesce_writes(&vcpu, &ranges)?;
         }
-        let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence())?;
-        let thread = VcpuThread::spawn(vcpu, id, surroundings.clone(), config.seccomp)
+        let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
+        let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
+        let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
@@ -91,6 +107,13 @@ pub fn launch(
         events: events_out,
     };
     start(machine, (event_loop, thread), interrupts, outbox, events, host)
+}
+
+/// The counters of one vCPU.
+fn emulated_pmu(config: &Config, vcpu: &Vcpu) -> Result<VcpuPmu, MachineError> {
+    let model = device::pmu::Pmu::new(config.pmu_shape, config.pmu_seed);
+    let reset = pmu::reset_sequence(vcpu.cpuid(), &config.faults);
+    VcpuPmu::new(model, vcpu.unhalted_clock()?, reset)
 }
 
 /// Lets the machine run and moves it onto its event loop's thread. The guest starts at once: what it wants meanwhile waits

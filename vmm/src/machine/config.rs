@@ -6,7 +6,9 @@ use agent_protocol::Cause;
 
 use crate::boot::{self, BootError, Payload};
 use crate::device::console::ConsoleOutput;
+use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
@@ -42,6 +44,12 @@ pub struct Config {
     pub vcpus: u32,
     /// Performance counters.
     pub pmu: PmuPolicy,
+    /// What they are if they are emulated.
+    pub pmu_shape: Shape,
+    /// How often their events happen; see [`crate::device::pmu::Pmu::new`].
+    pub pmu_seed: u64,
+    /// What its resets leave out.
+    pub faults: Faults,
     /// What to do when the guest asks for a reset.
     pub reset_policy: ResetPolicy,
     /// Where the console goes.
@@ -98,6 +106,14 @@ impl Config {
             words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Refuses to leave RAM as it is where there is none besides the agent's.
+    pub(super) fn check_faults(&self) -> Result<(), FaultError> {
+        match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 16")),
+            false => Ok(()),
+        }
     }
 
     /// Checks that the command line fits in every life that may come.

@@ -12,6 +12,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::vcpu_thread::VcpuThread;
 use super::{
     Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
 };
@@ -146,7 +147,7 @@ impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
     }
 }
 
-/// The machine in its own event loop: messages from vCPUs and the handle, and signals.
+/// The machine in its own event loop: messages from vCPUs and the handle, timers of emulated counters, and signals.
 struct MachineEvents {
     machine: Machine,
     interrupts: Interrupts,
@@ -157,12 +158,22 @@ impl MutEventSubscriber for MachineEvents {
     fn init(&mut self, ops: &mut EventOps) {
         watch(ops, &*self.machine.wake);
         watch(ops, &self.interrupts);
+        self.machine
+            .vcpus
+            .iter()
+            .filter_map(|(thread, _)| thread.pmu())
+            .for_each(|pmu| watch(ops, pmu));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let stop = if events.fd() == self.interrupts.as_raw_fd() {
+        let fd = events.fd();
+        let is_timer = |thread: &VcpuThread| thread.pmu().is_some_and(|pmu| pmu.as_raw_fd() == fd);
+        let stop = if fd == self.interrupts.as_raw_fd() {
             self.interrupts.take();
             Some(Stop::Interrupted)
+        } else if let Some((thread, _)) = self.machine.vcpus.iter().find(|(t, _)| is_timer(t)) {
+            thread.check_counters();
+            None
         } else {
             let _ = self.machine.wake.read();
             self.machine.handle_messages()

@@ -4,9 +4,12 @@ use std::time::Instant;
 
 use agent_protocol::Cause;
 
+use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::Shared;
+use crate::fault::Fault;
+use crate::layout;
 
 impl Machine {
     /// Resets the machine and lets it run its next life. The order is the content: each step relies on those before it.
@@ -22,12 +25,22 @@ impl Machine {
         self.devices.reset();
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
         let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
+        if self.config.faults.has(Fault::NmiQueued) {
+            // An NMI into a guest without an interrupt table would be a triple fault, which names no cause.
+            self.vcpus[0].0.vcpu().queue_nmi_behind_another()?;
+        }
         for (thread, power_on) in &self.vcpus {
             thread.vcpu().reset(power_on, tsc)?;
+            // Counters of the monitor's own are registers too, and their timer may not ring in another life.
+            thread.pmu().map(VcpuPmu::reset).transpose()?;
         }
         self.vm.reset_clock()?;
         // 4. With nobody left to write to it, RAM is the template again.
-        self.memory.restore()?;
+        if self.config.faults.has(Fault::RamKept) {
+            self.memory.restore_below(layout::AGENT_END)?;
+        } else {
+            self.memory.restore()?;
+        }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
         if matches!(self.config.payload, Payload::Agent) {

@@ -11,6 +11,7 @@ use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::pmu::VcpuPmu;
 use super::{GuestStuck, Message, NmiOutcome, StuckReason, VcpuStop};
 use crate::bus::{Bus, Effect};
 use crate::device::ioapic::IoApic;
@@ -77,14 +78,17 @@ impl Control {
 pub(super) struct VcpuThread {
     cell: Arc<VcpuCell>,
     control: Arc<Control>,
+    pmu: Option<Arc<VcpuPmu>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl VcpuThread {
-    /// Starts the thread; with `seccomp` it confines itself before it runs anything.
+    /// Starts the thread; with `seccomp` it confines itself before it runs anything. `pmu` are the vCPU's counters, if they
+    /// are the monitor's.
     pub fn spawn(
         vcpu: Vcpu,
         id: u8,
+        pmu: Option<VcpuPmu>,
         surroundings: Surroundings,
         seccomp: bool,
     ) -> io::Result<Self> {
@@ -92,13 +96,21 @@ impl VcpuThread {
         let cell = Arc::new(VcpuCell::new(vcpu));
         let state = State { order: Order::Park, parked: true, nmi: NmiOrder::None };
         let control = Arc::new(Control { state: Mutex::new(state), changed: Condvar::new() });
-        let runner = Runner { id, cell: cell.clone(), control: control.clone(), surroundings };
+        let pmu = pmu.map(Arc::new);
+        let (cell_of_runner, control_of_runner) = (cell.clone(), control.clone());
+        let runner = Runner {
+            id,
+            cell: cell_of_runner,
+            control: control_of_runner,
+            pmu: pmu.clone(),
+            surroundings,
+        };
         let thread =
             std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || match seccomp {
                 true => runner.confined(),
                 false => runner.main(),
             })?;
-        Ok(Self { cell, control, thread: Some(thread) })
+        Ok(Self { cell, control, pmu, thread: Some(thread) })
     }
 
     /// Lets the vCPU run.
@@ -147,6 +159,19 @@ impl VcpuThread {
     /// The parked vCPU.
     pub fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
         self.cell.lock()
+    }
+
+    /// Its counters, if they are the monitor's.
+    pub fn pmu(&self) -> Option<&VcpuPmu> {
+        self.pmu.as_deref()
+    }
+
+    /// The timer of its counters has fired: the vCPU has to see which of them overflowed.
+    pub fn check_counters(&self) {
+        if let Some(pmu) = &self.pmu {
+            pmu.acknowledge();
+            self.kick();
+        }
     }
 
     /// Queues an NMI.
@@ -209,6 +234,7 @@ struct Runner {
     id: u8,
     cell: Arc<VcpuCell>,
     control: Arc<Control>,
+    pmu: Option<Arc<VcpuPmu>>,
     surroundings: Surroundings,
 }
 
@@ -225,10 +251,9 @@ impl Runner {
         while let Some(nmi) = self.next_entry() {
             let mut vcpu = self.cell.lock();
             let queued = if nmi == NmiOrder::Queue { self.queue_nmi(&vcpu) } else { Ok(()) };
-            let pause = match queued {
-                Ok(()) => self.run(&mut vcpu),
-                Err(error) => Pause::Stop(VcpuStop::Failed(error.into())),
-            };
+            let pause = queued
+                .and_then(|()| self.run(&mut vcpu))
+                .unwrap_or_else(|error| Pause::Stop(VcpuStop::Failed(error.into())));
             if let Pause::Stop(stop) = pause {
                 let at = Instant::now();
                 let stop = match self.complete_exit(&mut vcpu) {
@@ -292,32 +317,56 @@ impl Runner {
     }
 
     /// Runs guest code until it needs more than a device.
-    fn run(&self, vcpu: &mut Vcpu) -> Pause {
+    fn run(&self, vcpu: &mut Vcpu) -> Result<Pause, KvmError> {
+        if let Some(pmu) = &self.pmu {
+            pmu.catch_up()?;
+        }
         loop {
-            let effect = match self.enter(vcpu) {
-                Ok(Exit::Kicked) => return Pause::Kicked,
-                Ok(Exit::TripleFault) => {
-                    return Pause::Stop(VcpuStop::Reset(agent_protocol::Cause::Triple));
+            self.deliver_overflows(vcpu)?;
+            let effect = match self.enter(vcpu)? {
+                Exit::Kicked => return Ok(Pause::Kicked),
+                Exit::TripleFault => {
+                    return Ok(Pause::Stop(VcpuStop::Reset(agent_protocol::Cause::Triple)));
                 }
-                Ok(Exit::InternalError) => {
+                Exit::InternalError => {
                     let reason = StuckReason::InternalError(vcpu.suberror());
-                    return self.stuck(vcpu, reason);
+                    return Ok(self.stuck(vcpu, reason));
                 }
-                Ok(Exit::FailEntry(reason)) => {
-                    return self.stuck(vcpu, StuckReason::FailEntry(reason));
+                Exit::FailEntry(reason) => {
+                    return Ok(self.stuck(vcpu, StuckReason::FailEntry(reason)));
                 }
-                Ok(Exit::Unexpected(exit)) => {
-                    return self.stuck(vcpu, StuckReason::Unexpected(exit));
+                Exit::Unexpected(exit) => {
+                    return Ok(self.stuck(vcpu, StuckReason::Unexpected(exit)));
                 }
-                Ok(access) => self.surroundings.answer(access),
-                Err(error) => return Pause::Stop(VcpuStop::Failed(error.into())),
+                Exit::MsrRead(read) => {
+                    let value = self.pmu.as_ref().map(|pmu| pmu.read(read.index())).transpose()?;
+                    read.answer(value.flatten());
+                    Effect::None
+                }
+                Exit::MsrWrite(write) => {
+                    let pmu = self.pmu.as_ref();
+                    let accepted = pmu.map(|pmu| pmu.write(write.index(), write.value()));
+                    write.answer(accepted.transpose()?.unwrap_or(false));
+                    Effect::None
+                }
+                access => self.surroundings.answer(access),
             };
             match effect {
                 Effect::None => {}
-                Effect::Reset(reset) => return Pause::Stop(VcpuStop::Reset(reset.into())),
-                Effect::PowerOff => return Pause::Stop(VcpuStop::PowerOff),
+                Effect::Reset(reset) => return Ok(Pause::Stop(VcpuStop::Reset(reset.into()))),
+                Effect::PowerOff => return Ok(Pause::Stop(VcpuStop::PowerOff)),
             }
         }
+    }
+
+    /// What a counter of the monitor's has to say to its vCPU, it says before guest code runs on.
+    fn deliver_overflows(&self, vcpu: &mut Vcpu) -> Result<(), KvmError> {
+        if let Some(pmu) = &self.pmu
+            && pmu.take_interrupt()
+        {
+            vcpu.deliver_overflow()?;
+        }
+        Ok(())
     }
 
     /// Runs guest code until it needs something. The writes that it made before have been answered then, so accesses keep
@@ -381,8 +430,10 @@ impl Surroundings {
                 self.ioapic.end_of_interrupt(vector);
                 Effect::None
             }
-            // Not accesses; `Runner::run` has dealt with them.
-            Exit::Kicked
+            // No accesses to devices; `Runner::run` has dealt with them.
+            Exit::MsrRead(_)
+            | Exit::MsrWrite(_)
+            | Exit::Kicked
             | Exit::TripleFault
             | Exit::InternalError
             | Exit::FailEntry(_)

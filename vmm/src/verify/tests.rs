@@ -1,6 +1,6 @@
 use agent_protocol::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    Timings,
+    PmuStatus, Timings,
 };
 
 use super::*;
@@ -22,7 +22,14 @@ fn report(life: u32, cause: Cause) -> Report {
 fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
     let mut report = report(number, cause);
     change(&mut report);
-    Life { life: number, cause, hello_us: Some(900), report: Some(report), failure: None }
+    Life {
+        life: number,
+        cause,
+        hello_us: Some(900),
+        report: Some(report),
+        residue: Vec::new(),
+        failure: None,
+    }
 }
 
 fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
@@ -91,11 +98,13 @@ fn the_log_repeats_no_finding_of_the_counters() {
 }
 
 #[test]
-fn with_the_host_pmu_its_absence_is_the_finding() {
-    assert_eq!(names(PmuPolicy::Host, &[life(1, Cause::PowerOn, |_| {})]), ["pmu-missing"]);
-    let present =
-        life(1, Cause::PowerOn, |r| r.pmu.status = PmuStatus::Present { driver: "AMD".into() });
-    assert_eq!(names(PmuPolicy::Host, &[present]), [""; 0]);
+fn where_a_pmu_is_wanted_its_absence_is_the_finding() {
+    for policy in [PmuPolicy::Host, PmuPolicy::Emulated] {
+        assert_eq!(names(policy, &[life(1, Cause::PowerOn, |_| {})]), ["pmu-missing"]);
+        let present =
+            life(1, Cause::PowerOn, |r| r.pmu.status = PmuStatus::Present { driver: "AMD".into() });
+        assert_eq!(names(policy, &[present]), [""; 0]);
+    }
 }
 
 #[test]
@@ -107,37 +116,127 @@ fn a_reset_that_changes_the_machine_is_found() {
     assert_eq!(names(PmuPolicy::Off, &lives), ["cpuid-changed"]);
 }
 
-#[test]
-fn counters_that_all_run_are_found_though_the_boot_check_says_absent() {
-    let check = |index, value, expected: &[&str]| {
-        let lives = [life(1, Cause::PowerOn, |r| {
-            r.pmu.msrs.push(MsrReading { index, value: Some(value) });
-        })];
-        assert_eq!(names(PmuPolicy::Off, &lives), expected, "{index:x} = {value:x}");
-    };
-    check(0xc001_0200, 0x53_0076, &["pmu-corrupted"]);
-    check(0xc001_0003, 0x53_0076, &["pmu-corrupted"]);
-    check(0x186, 1 << 22, &["pmu-corrupted"]);
-    check(0x38d, 0x20, &["pmu-corrupted"]);
-    check(0xc001_0201, 0x53_0076, &[]);
-    check(0xc001_0200, 0x13_0076, &[]);
+/// The findings of a life in which the agent found these registers so.
+fn found_with(number: u32, registers: &[(u32, u64)]) -> Vec<&'static str> {
+    let lives = [life(number, Cause::PowerOn, |r| {
+        let reading =
+            |(index, value): &(u32, u64)| MsrReading { index: *index, value: Some(*value) };
+        r.pmu.msrs = registers.iter().map(reading).collect();
+    })];
+    names(PmuPolicy::Off, &lives)
 }
 
 #[test]
-fn a_counter_that_kept_its_value_is_found_though_it_does_not_run() {
-    let counter = |value| MsrReading { index: 0xc001_0201, value: Some(value) };
-    let lives = [
-        life(1, Cause::PowerOn, |r| r.pmu.msrs.push(counter(0))),
-        life(2, Cause::Host, |r| r.pmu.msrs.push(counter(77))),
-    ];
-    assert_eq!(names(PmuPolicy::Off, &lives), ["pmu-residue"]);
+fn counters_that_all_run_are_found_though_the_boot_check_says_absent() {
+    let check = |index, value, expected: &[&str]| {
+        assert_eq!(found_with(2, &[(index, value)]), expected, "{index:x} = {value:x}");
+    };
+    check(0xc001_0200, 0x53_0076, &["pmu-corrupted", "pmu-not-reset"]);
+    check(0xc001_0003, 0x53_0076, &["pmu-corrupted", "pmu-not-reset"]);
+    check(0x186, 1 << 22, &["pmu-corrupted", "pmu-not-reset"]);
+    check(0x38d, 0x20, &["pmu-corrupted", "pmu-not-reset"]);
+    check(0xc001_0201, 0x53_0076, &["pmu-not-reset"]);
+    check(0xc001_0200, 0x13_0076, &["pmu-not-reset"]);
+    check(0xc001_0200, 0, &[]);
+}
+
+/// Six counters of PerfMonV2 as a reset leaves them, with some registers changed.
+fn six_counters(changes: &[(u32, u64)]) -> Vec<(u32, u64)> {
+    let clean = [(0xc000_0301, 0x3f), (0xc000_0300, 0)]
+        .into_iter()
+        .chain((0xc001_0200..=0xc001_020b).map(|index| (index, 0)));
+    let changed = |index| changes.iter().find(|(i, _)| *i == index).map(|(_, value)| *value);
+    clean.map(|(index, value)| (index, changed(index).unwrap_or(value))).collect()
+}
+
+#[test]
+fn what_a_reset_left_in_the_counters_tells_what_it_left_out() {
+    let check = |changes: &[(u32, u64)], expected: &[&str]| {
+        assert_eq!(found_with(2, &six_counters(changes)), expected, "{changes:x?}");
+    };
+    check(&[], &[]);
+    check(&[(0xc001_0201, 77)], &["pmu-not-reset"]);
+    check(&[(0xc001_0207, 77), (0xc001_020b, 77)], &["pmu-not-reset"]);
+    check(&[(0xc001_0208, 0x13_0076), (0xc001_020b, 77)], &["pmu-k7-only"]);
+    check(&[(0xc000_0301, 1)], &["globals-left"]);
+    check(&[(0xc000_0301, 0)], &["globals-left"]);
+    check(&[(0xc000_0300, 0x20)], &["globals-left"]);
+    check(&[(0xc000_0300, 0x20), (0xc001_0209, 1)], &["pmu-k7-only", "globals-left"]);
+    check(&[(0xc000_0300, 0x20), (0xc001_0201, 1)], &["pmu-not-reset", "globals-left"]);
+}
+
+#[test]
+fn registers_that_are_not_clear_at_power_on_are_not_the_resets_doing() {
+    assert_eq!(found_with(1, &six_counters(&[(0xc001_0201, 77)])), ["pmu-residue"]);
+    assert_eq!(found_with(1, &six_counters(&[(0xc000_0301, 0)])), ["pmu-residue"]);
+    assert_eq!(found_with(1, &six_counters(&[])), [""; 0]);
+}
+
+/// The findings of a life with NMIs at these times, and with these registers.
+fn found_with_nmis(number: u32, times: &[u64], registers: &[(u32, u64)]) -> Vec<&'static str> {
+    let lives = [life(number, Cause::PowerOn, |r| {
+        r.timings.tsc_ready = 5000;
+        let record = |tsc: &u64| NmiRecord { reason: 0x20, tsc: *tsc, rip: 2 };
+        let (total, records) = (times.len() as u32, times.iter().map(record).collect());
+        r.nmi = NmiReport { total, unknown: total, records, ..NmiReport::default() };
+        let reading =
+            |(index, value): &(u32, u64)| MsrReading { index: *index, value: Some(*value) };
+        r.pmu.msrs = registers.iter().map(reading).collect();
+    })];
+    names(PmuPolicy::Off, &lives)
+}
+
+#[test]
+fn nmis_after_a_reset_are_told_apart_by_when_they_came_and_whose_they_can_be() {
+    let running = [(0xc001_0200, 0x53_0076), (0xc001_0201, 5)];
+    let counter = ["pmu-corrupted", "pmu-not-reset", "unknown-nmi"];
+    let check = |times: &[u64], registers: &[(u32, u64)], expected: &[&str]| {
+        assert_eq!(found_with_nmis(2, times, registers), expected, "{times:?}");
+    };
+    check(&[4999], &[], &["unknown-nmi", "nmi-queued"]);
+    check(&[5000], &[], &["unknown-nmi", "nmi-after-reset"]);
+    check(&[4000, 6000], &[], &["unknown-nmi", "nmi-queued", "nmi-after-reset"]);
+    check(&[6000], &running, &counter);
+    check(&[6000, 7000], &running, &[&counter[..], &["nmi-after-reset"]].concat());
+    check(&[4000, 7000], &running, &[&counter[..], &["nmi-queued"]].concat());
+    // A counter without interrupt explains none.
+    let silent = [(0xc001_0200, 0x43_0076), (0xc001_0201, 5)];
+    check(&[6000], &silent, &[&counter[..], &["nmi-after-reset"]].concat());
+    assert_eq!(found_with_nmis(1, &[4000, 6000], &[]), ["unknown-nmi"], "no reset came before");
+}
+
+#[test]
+fn a_counter_that_will_interrupt_soon_is_waited_for() {
+    let check = |registers: &[(u32, u64)], expected| {
+        let mut report = report(2, Cause::Host);
+        let reading =
+            |(index, value): &(u32, u64)| MsrReading { index: *index, value: Some(*value) };
+        report.pmu.msrs = registers.iter().map(reading).collect();
+        assert_eq!(ticks_to_overflow(&report), expected, "{registers:x?}");
+    };
+    let before_overflow = |ticks: u64| (1 << 48) - ticks;
+    check(&six_counters(&[]), None);
+    check(&[(0xc001_0200, 0x53_0076), (0xc001_0201, before_overflow(900))], Some(900));
+    check(&[(0xc001_0002, 0x53_0076), (0xc001_0006, before_overflow(900))], Some(900));
+    check(&[(0x186, 0x53_003c), (0xc1, before_overflow(900))], Some(900));
+    check(&[(0xc001_0200, 0x43_0076), (0xc001_0201, before_overflow(900))], None);
+    check(&[(0xc001_0200, 0x13_0076), (0xc001_0201, before_overflow(900))], None);
+    // Nobody waits for hours.
+    check(&[(0xc001_0200, 0x53_0076), (0xc001_0201, 0)], None);
+    check(&[(0xc001_0200, 0x53_0076), (0xc001_0201, u64::MAX)], Some(0));
 }
 
 #[test]
 fn a_life_without_report_is_a_finding_of_that_life() {
     let failure = Failure { kind: FailureKind::NoHello, detail: "nothing".into() };
-    let dead =
-        Life { life: 2, cause: Cause::Host, hello_us: None, report: None, failure: Some(failure) };
+    let dead = Life {
+        life: 2,
+        cause: Cause::Host,
+        hello_us: None,
+        report: None,
+        residue: Vec::new(),
+        failure: Some(failure),
+    };
     let findings = verdict(PmuPolicy::Off, &[life(1, Cause::PowerOn, |_| {}), dead]);
     assert_eq!(findings, [Finding { name: "no-hello", life: 2, detail: "nothing".into() }]);
 }

@@ -49,3 +49,8 @@ long_mode:
     movl %eax, boot_record + 8
     movl %edx, boot_record + 12
     iretq                           # boot_frame
+
+# What the floating-point unit holds before any Rust code uses it; ring 0 has left it alone.
+first_in_ring3:
+    fxsave64 early_fpu
+    jmp {agent}

@@ -21,6 +21,8 @@ enum Service {
     Cpuid,
     Triple,
     Stop,
+    ReadDebug,
+    WriteDebug,
 }
 
 unsafe extern "C" {
@@ -160,6 +162,28 @@ pub fn cpu_facts() -> CpuFacts {
         (0, khz) | (khz, _) => khz,
     };
     CpuFacts { pmu, tsc_khz }
+}
+
+/// DR0 to DR3, DR6 and DR7.
+pub type DebugRegisters = [u64; 6];
+
+/// Reads the debug registers.
+pub fn debug_registers() -> DebugRegisters {
+    let mut registers = [0; 6];
+    call((&raw mut registers) as u64, 0, Service::ReadDebug);
+    registers
+}
+
+/// Writes the debug registers. With a breakpoint enabled in the last of them the agent would be interrupted by itself.
+pub fn set_debug_registers(registers: &DebugRegisters) {
+    call((&raw const *registers) as u64, 0, Service::WriteDebug);
+}
+
+/// Has the local APIC deliver overflows of performance counters as NMIs, as Linux's driver does (LVTPC, x2APIC mode).
+pub fn deliver_overflows_as_nmis() {
+    const X2APIC_LVT_COUNTERS: u32 = 0x834;
+    const NMI: u64 = 0x400;
+    CpuMsrs.run(&mut [MsrOperation::write(X2APIC_LVT_COUNTERS, NMI)]);
 }
 
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).

@@ -22,6 +22,7 @@ trap_6:
 .balign 8
 gate_services:
     .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
+    .quad gate_read_debug, gate_write_debug
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -145,6 +146,38 @@ gate_cpuid:
     cmpq %rsi, %rdi
     jne 1b
     movq %r8, %rbx
+    iretq
+
+# rdi = six words for DR0 to DR3, DR6 and DR7.
+gate_read_debug:
+    movq %dr0, %rax
+    movq %rax, (%rdi)
+    movq %dr1, %rax
+    movq %rax, 8(%rdi)
+    movq %dr2, %rax
+    movq %rax, 16(%rdi)
+    movq %dr3, %rax
+    movq %rax, 24(%rdi)
+    movq %dr6, %rax
+    movq %rax, 32(%rdi)
+    movq %dr7, %rax
+    movq %rax, 40(%rdi)
+    iretq
+
+# The same to be written.
+gate_write_debug:
+    movq (%rdi), %rax
+    movq %rax, %dr0
+    movq 8(%rdi), %rax
+    movq %rax, %dr1
+    movq 16(%rdi), %rax
+    movq %rax, %dr2
+    movq 24(%rdi), %rax
+    movq %rax, %dr3
+    movq 32(%rdi), %rax
+    movq %rax, %dr6
+    movq 40(%rdi), %rax
+    movq %rax, %dr7
     iretq
 
 # An exception that cannot be delivered: shutdown.

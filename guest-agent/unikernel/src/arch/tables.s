@@ -80,7 +80,7 @@ fatal_frame:
 # What ring 0 writes. First read by `records.rs`, whose types give the layouts.
 .balign 64
 .globl boot_record, irq_count, fatal_vector, exception_records
-.globl nmi_total, nmi_by_reason, nmi_records
+.globl nmi_total, nmi_by_reason, nmi_records, early_fpu
 boot_record:        .quad 0, 0, 0   # TSC at entry, TSC on leaving ring 0, hvm_start_info
 irq_count:          .long 0
 fatal_vector:       .long 0
@@ -88,6 +88,8 @@ exception_records:  .fill 32 * 4, 8, 0
 nmi_total:          .long 0, 0
 nmi_by_reason:      .long 0, 0, 0, 0
 nmi_records:        .fill NMI_RECORDS * 3, 8, 0
+.balign 16
+early_fpu:          .fill 512, 1, 0
 
 .balign 16
     .fill 24, 8, 0
@@ -98,7 +100,7 @@ fault_stack_end:
 .balign 16
 # The stack of ring 0 has the way to ring 3 lying on it ready made: IOPL 3, interrupts on.
 boot_frame:
-    .quad {agent}, USER_CODE, 0x3202, agent_stack_end - 8, USER_DATA
+    .quad first_in_ring3, USER_CODE, 0x3202, agent_stack_end - 8, USER_DATA
 .balign 16
 boot_frame_end:
 

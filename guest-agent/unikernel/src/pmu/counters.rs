@@ -9,6 +9,7 @@ const CORE_SELECT: u32 = 0xc001_0200;
 const CORE_COUNTER: u32 = 0xc001_0201;
 const AMD_GLOBAL_STATUS: u32 = 0xc000_0300;
 const AMD_GLOBAL_CONTROL: u32 = 0xc000_0301;
+const AMD_GLOBAL_STATUS_SET: u32 = 0xc000_0303;
 const INTEL_SELECT: u32 = 0x186;
 const INTEL_COUNTER: u32 = 0xc1;
 const INTEL_FIXED_COUNTER: u32 = 0x309;
@@ -58,6 +59,8 @@ pub(super) struct Counters {
     pub fixed: Option<Fixed>,
     /// The register without whose bit a counter does not run.
     pub global_control: Option<u32>,
+    /// The register that sets bits of the status, where there is one for all versions of the interface.
+    pub global_status_set: Option<u32>,
     global_status: Option<u32>,
     first_select: u32,
     first_counter: u32,
@@ -111,6 +114,7 @@ impl Counters {
             cycles: AMD_CYCLES,
             fixed: None,
             global_control: None,
+            global_status_set: None,
             global_status: None,
             first_select: K7_SELECT,
             first_counter: K7_COUNTER,
@@ -140,6 +144,7 @@ impl Counters {
             version: 2,
             count: (ebx & 0xf) as usize,
             global_control: Some(AMD_GLOBAL_CONTROL),
+            global_status_set: Some(AMD_GLOBAL_STATUS_SET),
             global_status: Some(AMD_GLOBAL_STATUS),
             ..core
         })
@@ -165,6 +170,7 @@ impl Counters {
             fixed: (has_globals && fixed > 0)
                 .then_some(Fixed { control: INTEL_FIXED_CONTROL, count: fixed }),
             global_control: has_globals.then_some(INTEL_GLOBAL_CONTROL),
+            global_status_set: None,
             global_status: has_globals.then_some(INTEL_GLOBAL_STATUS),
             first_select: INTEL_SELECT,
             first_counter: INTEL_COUNTER,

@@ -162,6 +162,34 @@ fn registers_are_reported_as_found_before_the_first_write() {
 }
 
 #[test]
+fn arming_leaves_one_counter_running_and_no_register_clean() {
+    let globals = [0xc000_0300, 0xc000_0301, 0xc000_0303];
+    let mut msrs = FakeMsrs::with(CORE_MSRS.chain(globals));
+    msrs.registers.insert(0xc000_0301, 0x3f);
+    assert!(arm(&amd(true, 6), 1000, &mut msrs));
+    assert_eq!(msrs.registers[&0xc001_0200], 0x53_0076, "as Linux's watchdog would write it");
+    assert_eq!(msrs.registers[&0xc001_0201], (1 << 48) - 1000);
+    assert_eq!((msrs.registers[&0xc000_0301], msrs.registers[&0xc000_0303]), (1, 0x20));
+    for number in 1..6 {
+        assert_eq!(msrs.registers[&(0xc001_0200 + 2 * number)], 0x13_0076, "{number} is not idle");
+        assert_ne!(msrs.registers[&(0xc001_0201 + 2 * number)], 0, "{number} is clean");
+    }
+    assert_eq!(msrs.writes.last(), Some(&0xc001_0200), "nothing runs before all is written");
+}
+
+#[test]
+fn what_cannot_be_armed_is_said() {
+    assert!(!arm(&amd(true, 6), 1000, &mut FakeMsrs::with(CORE_MSRS)), "the globals fault");
+    assert!(!arm(&intel([0; 4]), 1000, &mut FakeMsrs::default()));
+    let mut intel_msrs = FakeMsrs::with((0x186..0x18a).chain(0xc1..0xc5).chain([0x38f]));
+    assert!(arm(&intel([0x0730_0402, 0, 0, 3]), 1000, &mut intel_msrs));
+    assert_eq!(intel_msrs.registers[&0x186], 0x53_003c);
+    let mut k7 = FakeMsrs::with(K7_MSRS);
+    assert!(arm(&amd(false, 0), 1000, &mut k7));
+    assert_eq!(k7.registers[&0xc001_0000], 0x53_0076);
+}
+
+#[test]
 fn intel_without_an_architectural_pmu_has_no_driver() {
     let line = "Performance Events: unsupported CPU family 6 model 85 no PMU driver, software events only.";
     check_first_line(intel([0; 4]), &mut FakeMsrs::default(), &PmuStatus::Absent, line);

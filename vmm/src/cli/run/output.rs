@@ -9,10 +9,12 @@ use std::io::{self, IsTerminal, Write};
 use agent_protocol::PmuStatus;
 use serde::Serialize;
 
+use crate::device::pmu::Shape;
+use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
-use crate::machine::{GuestStats, Handle};
-use crate::verify::{Expectations, Finding, Life};
+use crate::machine::{Config, GuestStats, Handle};
+use crate::verify::{Expectations, Finding, Life, Outcome};
 
 /// Above this many resets the table has a row for each cause instead of each life.
 const MOST_ROWS: u32 = 24;
@@ -24,6 +26,9 @@ pub(super) struct Summary<'a> {
     findings: &'a [Finding],
     host: &'a HostInfo,
     pmu: Pmu,
+    /// Steps that the resets left out on purpose.
+    #[serde(skip_serializing_if = "Faults::is_empty")]
+    injected: &'a Faults,
     guest: GuestStats,
     /// Findings that this host cannot show, with the reason.
     unchecked: Vec<(&'static str, &'static str)>,
@@ -34,26 +39,41 @@ struct Pmu {
     policy: PmuPolicy,
     /// What made it absent.
     absence: PmuAbsence,
+    /// The emulated counters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shape: Option<Shape>,
 }
 
 impl Pmu {
-    fn words(&self) -> &'static str {
-        match self.absence {
+    fn words(&self) -> String {
+        let words = match self.absence {
             PmuAbsence::Capability => "PMU off by KVM_CAP_PMU_CAPABILITY and CPUID",
             PmuAbsence::ModuleParameter => "PMU off by kvm.enable_pmu=N and CPUID",
             PmuAbsence::CpuidOnly => "PMU off by CPUID alone (this kernel cannot disable it)",
             PmuAbsence::NotAbsent => "PMU as KVM gives it",
+            PmuAbsence::Emulated => "PMU emulated",
+        };
+        match self.shape {
+            Some(shape) => format!("{words}, {shape}"),
+            None => words.into(),
         }
     }
 }
 
 impl<'a> Summary<'a> {
-    pub fn new(machine: &'a Handle, expectations: Expectations, findings: &'a [Finding]) -> Self {
+    pub fn new(
+        machine: &'a Handle,
+        config: &'a Config,
+        expectations: Expectations,
+        findings: &'a [Finding],
+    ) -> Self {
+        let shape = (config.pmu == PmuPolicy::Emulated).then_some(config.pmu_shape);
         Self {
             verdict: if findings.is_empty() { "clean" } else { "findings" },
             findings,
             host: machine.host_info(),
-            pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence() },
+            pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence(), shape },
+            injected: &config.faults,
             guest: machine.guest_stats(),
             unchecked: expectations.unchecked(),
         }
@@ -68,6 +88,8 @@ pub(super) struct Output {
     progress: bool,
     lives: u32,
     causes: BTreeMap<&'static str, Tally>,
+    /// Of the residue check: how many items came back clean, and how many could not be told, in the last life.
+    residue: Option<(usize, usize)>,
     /// The first failure to print. Told at the end, since the machine lives on without readers.
     failure: Option<io::Error>,
 }
@@ -83,12 +105,27 @@ struct Tally {
 impl Output {
     pub fn new(json: bool, resets: u32) -> Self {
         let progress = resets > MOST_ROWS && io::stderr().is_terminal();
-        Self { json, resets, progress, lives: 0, causes: BTreeMap::new(), failure: None }
+        Self {
+            json,
+            resets,
+            progress,
+            lives: 0,
+            causes: BTreeMap::new(),
+            residue: None,
+            failure: None,
+        }
     }
 
     /// A life is over.
     pub fn life(&mut self, life: &Life) {
         self.lives += 1;
+        if !life.residue.is_empty() {
+            let count =
+                |is: fn(&Outcome) -> bool| life.residue.iter().filter(|r| is(&r.outcome)).count();
+            let reset = count(|outcome| *outcome == Outcome::Reset);
+            let unknown = count(|outcome| matches!(outcome, Outcome::NotPoisonable(_)));
+            self.residue = Some((reset, unknown));
+        }
         if self.progress {
             let total = u64::from(self.resets) + 1;
             let _ = write!(io::stderr(), "\rlife {} of {total}", life.life);
@@ -153,6 +190,17 @@ impl Output {
         }
         let HostInfo { kernel, kvm, .. } = summary.host;
         let _ = writeln!(text, "host: Linux {kernel}, {}; {}", kvm.name(), summary.pmu.words());
+        if let Some((reset, unknown)) = self.residue {
+            let _ = writeln!(
+                text,
+                "residue check of the last life: {} clean, {unknown} not poisonable here",
+                plural(reset, "item", "items")
+            );
+        }
+        if !summary.injected.is_empty() {
+            let names: Vec<_> = summary.injected.iter().map(Fault::name).collect();
+            let _ = writeln!(text, "injected: the resets left out {}", names.join(", "));
+        }
         let lives = plural(self.lives as usize, "life", "lives");
         let _ = match summary.findings.len() {
             0 => writeln!(text, "clean: {lives}, no findings"),

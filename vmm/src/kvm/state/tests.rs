@@ -37,7 +37,12 @@ impl Machine {
         let vm = Vm::new(&kvm, Module::read(), kind, &memory, PmuPolicy::Off).unwrap();
         let vcpu = vm.create_vcpu(&cpuid, 0, 1).unwrap();
         let power_on = vcpu
-            .power_on(&kvm, Entry::Pvh { rip: 0x10_0000 }, pmu_absence.unwrap_or(vm.pmu_absence()))
+            .power_on(
+                &kvm,
+                Entry::Pvh { rip: 0x10_0000 },
+                pmu_absence.unwrap_or(vm.pmu_absence()),
+                &Faults::default(),
+            )
             .unwrap();
         let xsave = Leaf::get(&cpuid, 0xd, 0);
         let mcg_cap = read_msrs(&vcpu.fd, &[MSR_MCG_CAP]).unwrap()[0].data;

@@ -1,0 +1,99 @@
+//! `--poison`: state that was dirty before a reset is clean after it, item by item.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::harness::run;
+
+/// Items that every KVM lets a guest poison.
+const ALWAYS: [&str; 19] = [
+    "dr0",
+    "dr1",
+    "dr2",
+    "dr3",
+    "dr6",
+    "dr7",
+    "fpu.control",
+    "fpu.mxcsr",
+    "fpu.xmm8",
+    "fpu.xmm15",
+    "ioapic.pin20",
+    "lapic.lvt_lint1",
+    "lapic.timer_count",
+    "lapic.timer_lvt",
+    "lapic.tpr",
+    "msr.kernel_gs_base",
+    "msr.lstar",
+    "msr.pat",
+    "ram.pages",
+];
+
+/// The outcome of each item of a life.
+fn outcomes(life: &Value) -> BTreeMap<&str, &str> {
+    let items = life["residue"].as_array().unwrap().iter();
+    items.map(|item| (item["item"].as_str().unwrap(), item["outcome"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn every_item_that_was_poisoned_is_reset_whatever_the_cause() {
+    let via = ["--resets", "10", "--reset-via", "host,i8042,cf9,acpi,triple"];
+    let outcome = run(&[&["run", "--json", "--poison"], &via[..]].concat()).expect_status(0);
+    let json = outcome.json();
+    let lives = json["lives"].as_array().unwrap();
+    assert_eq!(lives.len(), 11, "{outcome}");
+    assert_eq!(lives[0]["residue"], Value::Null, "nothing was poisoned before it: {outcome}");
+    for life in &lives[1..] {
+        let outcomes = outcomes(life);
+        assert!(outcomes.len() > 40, "{outcome}");
+        for item in ALWAYS {
+            assert_eq!(outcomes.get(item), Some(&"reset"), "{item}: {outcome}");
+        }
+        assert!(outcomes.values().all(|outcome| *outcome != "left"), "{outcome}");
+    }
+}
+
+#[test]
+fn what_cannot_be_poisoned_is_said_with_its_reason() {
+    let outcome = run(&["run", "--json", "--poison", "--resets", "1"]).expect_status(0);
+    let json = outcome.json();
+    let items = json["lives"][1]["residue"].as_array().unwrap();
+    let reasons: BTreeMap<_, _> = items
+        .iter()
+        .filter(|item| item["outcome"] == "not-poisonable")
+        .map(|item| (item["item"].as_str().unwrap(), item["detail"].as_str().unwrap()))
+        .collect();
+    assert_eq!(reasons["xcr0"], "the agent leaves CR4.OSXSAVE clear", "{outcome}");
+    assert!(reasons.values().all(|reason| !reason.is_empty()), "{outcome}");
+}
+
+#[test]
+fn values_that_were_left_are_told() {
+    let arguments = ["run", "--json", "--poison", "--resets", "1", "--inject", "debugregs-kept"];
+    let outcome = run(&arguments).expect_status(1);
+    let json = outcome.json();
+    let items = json["lives"][1]["residue"].as_array().unwrap();
+    let dr3 = items.iter().find(|item| item["item"] == "dr3").unwrap();
+    assert_eq!(
+        (&dr3["outcome"], &dr3["detail"]),
+        (&"left".into(), &0x1eaf_3000.into()),
+        "{outcome}"
+    );
+    let detail = json["findings"][0]["detail"].as_str().unwrap();
+    assert!(detail.contains("dr3 is 1eaf3000"), "{outcome}");
+}
+
+#[test]
+fn a_human_reads_how_much_was_checked() {
+    run(&["run", "--poison", "--resets", "2", "--vcpus", "2", "--mem", "16"])
+        .expect_status(0)
+        .expect_stdout("residue check of the last life: ")
+        .expect_stdout(" items clean, ")
+        .expect_stdout("clean: 3 lives, no findings");
+}
+
+#[test]
+fn without_poison_nothing_is_looked_for() {
+    let outcome = run(&["run", "--json", "--resets", "1"]).expect_status(0);
+    assert_eq!(outcome.json()["lives"][1]["residue"], Value::Null, "{outcome}");
+}
