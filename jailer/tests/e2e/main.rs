@@ -1,9 +1,9 @@
 //! End-to-end tests of the jail and of the `jailer` program, in the order of a reader's questions.
 //!
 //! `cargo test -p jailer` runs them all, `cargo test -p jailer --test e2e WORD` those whose names contain the word. They are
-//! run one after the other (in the lab some at once), each in a process of its own with one thread, as root or as nobody (see `harness/runner.rs`).
-//! The same executable, which is static, is what the tests run inside of jails (`harness/probe.rs`), and the first process of
-//! the machine in which they are run once more (`lab.rs`).
+//! run one after the other (in the lab some at once), each in a process of its own with one thread, as root or as nobody
+//! (see `harness/runner.rs`). The same executable, which is static, is what the tests run inside of jails
+//! (`harness/probe.rs`), and the first process of the machine in which they are run once more (`lab.rs`).
 
 mod harness;
 
