@@ -76,7 +76,7 @@ pub enum CgroupError {
     )]
     NoHierarchy(String),
     /// A controller cannot be had below the caller's group.
-    #[error("enable controller {controller} in {parent:?}")]
+    #[error("make control group: enable controller {controller} in {parent:?}")]
     Controller {
         /// Its name.
         controller: String,
@@ -330,14 +330,15 @@ fn group_to_grow(hierarchy: &Hierarchy) -> &Path {
 /// Lets groups in `parent` of a hierarchy of version 2 have `controller`.
 fn pass_on(parent: &Path, controller: &str) -> Result<(), CgroupError> {
     let file = parent.join("cgroup.subtree_control");
-    if read(&file)?.split_whitespace().any(|name| name == controller) {
-        return Ok(());
-    }
-    fs::write(&file, format!("+{controller}")).map_err(|source| CgroupError::Controller {
+    let refused = |source| CgroupError::Controller {
         controller: controller.into(),
         parent: parent.into(),
         source,
-    })
+    };
+    if read_file(&file).map_err(refused)?.split_whitespace().any(|name| name == controller) {
+        return Ok(());
+    }
+    fs::write(&file, format!("+{controller}")).map_err(refused)
 }
 
 /// A group of version 1 may hold no process before it is told processors and memory nodes.
@@ -368,13 +369,15 @@ fn write(dir: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
 }
 
 fn read(path: impl AsRef<Path>) -> Result<String, CgroupError> {
+    let path = path.as_ref();
+    read_file(path).map_err(|source| CgroupError::Open { path: path.into(), source })
+}
+
+fn read_file(path: &Path) -> io::Result<String> {
     /// These files do not tell their size, and the standard library would begin with some bytes.
     const ENOUGH: usize = 2048;
-    let path = path.as_ref();
     let mut text = String::with_capacity(ENOUGH);
-    File::open(path)
-        .and_then(|mut file| file.read_to_string(&mut text))
-        .map_err(|source| CgroupError::Open { path: path.into(), source })?;
+    File::open(path)?.read_to_string(&mut text)?;
     Ok(text)
 }
 

@@ -53,6 +53,7 @@ fn check_all_undone(before: &[&str]) {
     check(&["--cgroup", "pids.max=many"], "set pids.max of the control group to \"many\"");
     let parent = ["--parent-cgroup", "no/such/group", "--cgroup", "pids.max=9"];
     check(&parent, "make control group");
+    check(&parent, "/no/such/group");
     check(
         &["--netns", "/no/such/netns"],
         "open network namespace \"/no/such/netns\": No such file",

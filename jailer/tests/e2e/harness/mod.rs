@@ -252,6 +252,15 @@ pub fn temp_dir() -> tempfile::TempDir {
     dir
 }
 
+/// A shell that is a dynamic program, and all that the loader takes to run it.
+pub fn dynamic_shell() -> Vec<PathBuf> {
+    let mut loader = Command::new("/lib64/ld-linux-x86-64.so.2");
+    loader.args(["--list", "/bin/sh"]).stdout(Stdio::piped());
+    let list = finish(loader).expect_status(0).stdout;
+    let files = list.split_whitespace().filter(|word| word.starts_with('/'));
+    ["/bin/sh"].into_iter().chain(files).map(PathBuf::from).collect()
+}
+
 /// What is in a directory, all the way down.
 pub fn contents(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -264,16 +273,22 @@ pub fn contents(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// True if this host's control groups are of version 2.
+pub fn groups_are_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// What a test says that has found a jail's process in a group of version 2.
+pub const V2_SEEN: &str = "its group is of version 2";
+
 /// The setting that allows a group so many bytes, on this host.
 pub fn memory_setting(bytes: u64) -> String {
-    let is_v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    format!("{}={bytes}", if is_v2 { "memory.max" } else { "memory.limit_in_bytes" })
+    format!("{}={bytes}", if groups_are_v2() { "memory.max" } else { "memory.limit_in_bytes" })
 }
 
 /// The setting that keeps a group from using a swap area instead of memory.
 pub fn swap_setting() -> &'static str {
-    let is_v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    if is_v2 { "memory.swap.max=0" } else { "memory.swappiness=0" }
+    if groups_are_v2() { "memory.swap.max=0" } else { "memory.swappiness=0" }
 }
 
 /// Says that a part of a test was not run, or fails it where `REQUIRE_ALL=1` demands that all are.

@@ -131,6 +131,25 @@ pub fn landlock_version() -> i64 {
     unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0_usize, 0_usize, VERSION) }.max(0)
 }
 
+/// Gives the loopback interface its address (netdevice(7)).
+pub fn bring_up_loopback() -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: all fields are integers and a union of such, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
+    for (place, letter) in request.ifr_name.iter_mut().zip(*b"lo") {
+        *place = letter as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the kernel reads `request`, which is alive, and of the union the field that was written.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into())
+}
+
+/// Waits until a terminal has sent everything that was written to stdout.
+pub fn drain_stdout() {
+    // SAFETY: the call touches no memory. Whoever is no terminal has nothing to wait for.
+    unsafe { libc::tcdrain(libc::STDOUT_FILENO) };
+}
+
 fn check(result: i64) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::{Outcome, finish_within, probe, temp_dir};
@@ -11,8 +12,8 @@ use super::{Outcome, finish_within, probe, temp_dir};
 /// Number of the user and the group that own nothing.
 const NOBODY: u32 = 65534;
 
-/// Longest time that a test may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest time that most tests may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Tells a test's process where copies of the programs are that everybody may run.
 const DIRECTORY: &str = "JAILER_E2E_DIRECTORY";
@@ -24,14 +25,25 @@ pub enum As {
     Nobody,
 }
 
-/// A test: its name, who runs it, and what it does.
-pub type Test = (&'static str, As, fn());
+/// A test: its name, who runs it, how long it may take, and what it does.
+#[derive(Clone, Copy)]
+pub struct Test {
+    pub name: &'static str,
+    pub who: As,
+    pub patience: Duration,
+    pub run: fn(),
+}
 
 /// Lists functions as tests that root runs (`root`), or nobody (`nobody`).
 macro_rules! tests {
     ($($who:ident $name:ident,)*) => {
         pub const TESTS: &[$crate::harness::runner::Test] =
-            &[$((concat!(module_path!(), "::", stringify!($name)), $crate::harness::runner::As::$who, $name)),*];
+            &[$($crate::harness::runner::Test {
+                name: concat!(module_path!(), "::", stringify!($name)),
+                who: $crate::harness::runner::As::$who,
+                patience: $crate::harness::runner::PATIENCE,
+                run: $name,
+            }),*];
     };
 }
 pub(crate) use tests;
@@ -45,32 +57,45 @@ pub fn main(tests: &[Test]) -> ExitCode {
         [word] if word.as_bytes() == probe::AM_I_ROOT.to_bytes() => probe::am_i_root(),
         [word] if word.as_bytes() == probe::NOTHING.to_bytes() => ExitCode::SUCCESS,
         ["--one", name] => {
-            let (_, _, test) = tests.iter().find(|test| test.0 == name).expect("a test's name");
-            test();
+            (tests.iter().find(|test| test.name == name).expect("a test's name").run)();
             ExitCode::SUCCESS
         }
-        _ => run_all(tests, &words),
+        _ => run_chosen(tests, &words),
     }
 }
 
-fn run_all(tests: &[Test], words: &[&str]) -> ExitCode {
+fn run_chosen(tests: &[Test], words: &[&str]) -> ExitCode {
     // Options of the standard harness mean nothing here, but for the list.
     let filters: Vec<&&str> = words.iter().filter(|word| !word.starts_with('-')).collect();
     let chosen: Vec<&Test> = tests
         .iter()
-        .filter(|test| filters.is_empty() || filters.iter().any(|word| test.0.contains(**word)))
+        .filter(|test| filters.is_empty() || filters.iter().any(|word| test.name.contains(**word)))
         .collect();
     if words.contains(&"--list") {
-        chosen.iter().for_each(|(name, ..)| println!("{name}: test"));
+        chosen.iter().for_each(|test| println!("{}: test", test.name));
         return ExitCode::SUCCESS;
     }
+    match run_all(&chosen, 1) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(101),
+    }
+}
+
+/// Runs tests, so many at a time, and says what came of them; false if that is a failure.
+pub fn run_all(chosen: &[&Test], jobs: usize) -> bool {
     let dir = temp_dir();
-    for (from, name) in [(Path::new(env!("CARGO_BIN_EXE_jailer")), "jailer"), (&own_path(), "e2e")]
-    {
+    for (from, name) in [(built_program(), "jailer"), (&own_path(), "e2e")] {
         fs::copy(from, dir.path().join(name)).expect("copy a program");
     }
-    let ends: Vec<(&str, End)> =
-        chosen.iter().map(|test| (test.0, run_one(test, dir.path()))).collect();
+    let next = AtomicUsize::new(0);
+    let work = || -> Vec<(&str, End)> {
+        let take = || chosen.get(next.fetch_add(1, Ordering::Relaxed));
+        std::iter::from_fn(take).map(|test| (test.name, run_one(test, dir.path()))).collect()
+    };
+    let ends: Vec<(&str, End)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a worker panicked")).collect()
+    });
     let names = |end| -> Vec<_> { ends.iter().filter(|e| e.1 == end).map(|e| e.0).collect() };
     let (failed, not_run) = (names(End::Failed), names(End::NotRun));
     if !not_run.is_empty() {
@@ -78,10 +103,7 @@ fn run_all(tests: &[Test], words: &[&str]) -> ExitCode {
     }
     println!("\n{} tests, {} failed {failed:?}\n", chosen.len(), failed.len());
     let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
-    match failed.is_empty() && (not_run.is_empty() || !required) {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::from(101),
-    }
+    failed.is_empty() && (not_run.is_empty() || !required)
 }
 
 /// What came of a test.
@@ -93,7 +115,7 @@ enum End {
     NotRun,
 }
 
-fn run_one((name, who, _): &Test, dir: &Path) -> End {
+fn run_one(Test { name, who, patience, .. }: &Test, dir: &Path) -> End {
     let is_root = rustix::process::geteuid().is_root();
     if *who == As::Root && !is_root {
         println!("test {name} ... NOT RUN: it needs root");
@@ -105,11 +127,10 @@ fn run_one((name, who, _): &Test, dir: &Path) -> End {
     if *who == As::Nobody && is_root {
         command.uid(NOBODY).gid(NOBODY);
     }
-    let outcome = finish_within(PATIENCE, command);
+    let outcome = finish_within(*patience, command);
     let Outcome { status, stdout, stderr, .. } = &outcome;
     if *status == Some(0) {
-        println!("test {name} ... ok");
-        print!("{stdout}");
+        print!("test {name} ... ok\n{stdout}");
         return End::Passed;
     }
     println!("test {name} ... FAILED with status {status:?}\n{stdout}{stderr}");
@@ -118,6 +139,11 @@ fn run_one((name, who, _): &Test, dir: &Path) -> End {
 
 fn own_path() -> PathBuf {
     std::env::current_exe().expect("find this executable")
+}
+
+/// The `jailer` program where it was built, which not everybody may reach.
+pub fn built_program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_jailer"))
 }
 
 /// The `jailer` program, where everybody may run it.
