@@ -4,10 +4,12 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use crate::harness::held::Held;
-use crate::harness::{Outcome, Started, eventually, run, signal, skipped, temp_dir};
+use crate::harness::{
+    Outcome, Started, cleanslate, eventually, machine_of, run, signal, skipped, temp_dir,
+};
 
 const NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
 
@@ -110,6 +112,47 @@ fn the_control_group_limits_memory_processes_and_processors() {
     }
 }
 
+/// Where the machine's standard descriptors lead if a shell starts the program with these redirections.
+fn standard_descriptors(redirections: &str) -> [PathBuf; 3] {
+    let dir = temp_dir();
+    let socket = dir.path().join("vsock");
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("exec \"$@\" {redirections}"), "sh"]);
+    command.arg(cleanslate(&[]).get_program());
+    command.args(["run", "--hold", "--uds", socket.to_str().unwrap()]);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let program = Started::new(command);
+    eventually("the machine is in its jail", || machine_is_restricted(&program.child));
+    let machine = machine_of(&program.child);
+    let descriptors =
+        [0, 1, 2].map(|number| fs::read_link(format!("/proc/{machine}/fd/{number}")).unwrap());
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --hold");
+    descriptors
+}
+
+/// Whether the jailed process is there and has its filters.
+fn machine_is_restricted(program: &Child) -> bool {
+    let pid = program.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    children.split_whitespace().any(|child| {
+        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        status.contains("\nSeccomp:\t2")
+    })
+}
+
+#[test]
+fn standard_descriptors_that_are_closed_lead_nowhere_in_the_jail() {
+    let descriptors = standard_descriptors("<&- >&- 2>&-");
+    assert_eq!(descriptors, ["/dev/null"; 3].map(PathBuf::from));
+}
+
+#[test]
+fn a_machine_cannot_read_standard_input() {
+    let [stdin, ..] = standard_descriptors("</etc/passwd");
+    assert_eq!(stdin, Path::new("/dev/null"));
+}
+
 #[test]
 fn no_jail_has_to_be_asked_for_and_says_so() {
     run(&["run", "--no-jail"])
@@ -134,7 +177,7 @@ fn whoever_is_not_root_gets_a_jail_too_and_hears_what_is_missing() {
     fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut command = Command::new(&program);
     command.args(["run", "--resets", "3"]).uid(12345).gid(group);
-    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     Started::new(command)
         .finish("cleanslate run as a user who may open /dev/kvm")
         .expect_status(0)
