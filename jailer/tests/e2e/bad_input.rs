@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use crate::harness::runner::{tests, this_program};
+use crate::harness::runner::{program, tests, this_program};
 use crate::harness::{
-    Outcome, Started, contents, expect_no_traces, jail_probe, memory_setting, new_id, run,
+    Outcome, Started, contents, expect_no_traces, finish, jail_probe, memory_setting, new_id, run,
     run_probe, swap_setting, temp_dir, traces,
 };
 
@@ -20,6 +21,7 @@ tests! {
     Nobody a_command_that_cannot_be_run_is_refused,
     Root a_command_that_only_root_may_run_is_refused_inside,
     Root a_daemon_that_dies_before_its_command_runs_is_refused,
+    Root a_daemon_is_waited_for_by_those_who_ignore_their_children,
     Nobody help_and_version_are_no_failures,
     Nobody the_readme_names_only_options_that_exist,
 }
@@ -211,6 +213,17 @@ fn a_daemon_that_dies_before_its_command_runs_is_refused() {
     let flags = ["--daemonize", "--cgroup", &memory, "--cgroup", swap_setting()];
     let outcome = run_probe(&id, &flags, &["exit", "0"]);
     refused(&id, outcome, "used more memory than its control group may");
+}
+
+fn a_daemon_is_waited_for_by_those_who_ignore_their_children() {
+    let id = new_id();
+    // Who is started so cannot wait for its children, unless it changes that.
+    let mut command = Command::new("env");
+    command.arg("--ignore-signal=CHLD").arg(program());
+    command.args(["--id", &id, "--daemonize", "--bind", "/no/such/file", "--"]);
+    command.arg(this_program()).args(["probe", &id, "exit", "0"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    refused(&id, finish(command), "show \"/no/such/file\": No such file");
 }
 
 fn help_and_version_are_no_failures() {

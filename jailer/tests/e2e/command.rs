@@ -28,6 +28,7 @@ tests! {
     Nobody signals_reach_the_command_of_nobody,
     Root a_signal_ends_a_command_that_does_not_catch_it,
     Nobody a_signal_ends_a_command_of_nobody_that_does_not_catch_it,
+    Root a_signal_that_is_ignored_is_not_handed_on,
     Root a_pid_namespace_ends_with_its_command,
     Root limits_and_settings_hold,
     Root a_group_is_made_in_the_one_that_is_named,
@@ -203,6 +204,15 @@ fn a_signal_ends_a_command_that_does_not_catch_it() {
 
 fn a_signal_ends_a_command_of_nobody_that_does_not_catch_it() {
     assert_eq!(end_by_signal(&[], Signal::TERM), Some(128 + 9));
+}
+
+fn a_signal_that_is_ignored_is_not_handed_on() {
+    raw::ignore(Signal::HUP);
+    let mut jail = Started::new(jail_probe(&new_id(), &["--new-pid-ns"], &["catch"]));
+    jail.signal(Signal::HUP);
+    jail.signal(Signal::TERM);
+    assert_eq!(jail.read_to_end(), "signal 15\n");
+    assert_eq!(jail.wait(), Some(0));
 }
 
 fn a_pid_namespace_ends_with_its_command() {

@@ -69,6 +69,12 @@ pub fn count_bounding_set() -> usize {
     (0..64).filter(has).count()
 }
 
+/// Ignores a signal, as do programs that this process starts.
+pub fn ignore(signal: Signal) {
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(signal.as_raw(), libc::SIG_IGN) };
+}
+
 /// Blocks signals, to be waited for.
 pub fn block(signals: &[Signal]) {
     // SAFETY: the set is initialised before it is read; no handler is touched.
