@@ -75,11 +75,11 @@ pub enum CgroupError {
     /// This host shows no hierarchy for a controller.
     #[error("make control group: no hierarchy with the controller {0} is mounted")]
     NoHierarchy(String),
-    /// A controller cannot be had below the caller's group.
-    #[error("enable controller {controller} in {parent:?}")]
-    Controller {
-        /// Its name.
-        controller: &'static str,
+    /// Controllers cannot be had below the caller's group.
+    #[error("enable {controllers} in {parent:?}")]
+    Controllers {
+        /// Their names, as they are written: `+cpu +memory`.
+        controllers: String,
         /// The group that would have to pass it on.
         parent: PathBuf,
         /// What the system said.
@@ -131,7 +131,7 @@ impl CgroupError {
     /// True if this host or this user has no control groups to give, whatever the plan.
     pub(crate) fn is_lack(&self) -> bool {
         match self {
-            Self::NoHierarchy(_) | Self::Controller { .. } => true,
+            Self::NoHierarchy(_) | Self::Controllers { .. } => true,
             Self::Make { source, .. } | Self::Open { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::PermissionDenied
@@ -232,17 +232,21 @@ impl Cgroup {
             .find(|hierarchy| hierarchy.has(controller))
             .or_else(|| hierarchies.iter().find(|hierarchy| offers(hierarchy, controller)))
             .ok_or_else(|| CgroupError::NoHierarchy(controller.into()))?;
-        let parent = match (&plan.parent, hierarchy.version) {
-            (Some(parent), _) => hierarchy.top.join(parent.strip_prefix("/").unwrap_or(parent)),
-            (None, Version::V1) => hierarchy.own.clone(),
-            (None, Version::V2) => group_to_grow(hierarchy)?,
+        let named = plan.parent.as_ref().map(|parent| {
+            let parent = parent.strip_prefix("/").unwrap_or(parent);
+            hierarchy.top.join(parent)
+        });
+        let parent = match (named, hierarchy.version) {
+            (named, Version::V1) => named.unwrap_or_else(|| hierarchy.own.clone()),
+            (None, Version::V2) => group_to_grow(hierarchy, controller)?,
+            (Some(parent), Version::V2) => {
+                pass_controllers_on(&parent, controller)?;
+                parent
+            }
         };
         let dir = parent.join(id.as_str());
         if let Some(index) = self.groups.iter().position(|group| group.dir == dir) {
             return Ok(index);
-        }
-        if hierarchy.version == Version::V2 {
-            pass_controllers_on(&parent)?;
         }
         make_dir(&dir, janitor)?;
         if controller == "cpuset" && hierarchy.version == Version::V1 {
@@ -324,33 +328,51 @@ fn offers(hierarchy: &Hierarchy, controller: &str) -> bool {
             .is_ok_and(|all| all.split_whitespace().any(|name| name == controller))
 }
 
-/// The group of version 2 in which a new one can have controllers: a group that has processes itself cannot pass any on
+/// The group of version 2 in which a new one can have `controller`: a group that has processes itself cannot pass any on
 /// (cgroups(7), "no internal processes"), unless it is the root. Then it is the one above.
-fn group_to_grow(hierarchy: &Hierarchy) -> Result<PathBuf, CgroupError> {
-    let refused = match pass_controllers_on(&hierarchy.own) {
+fn group_to_grow(hierarchy: &Hierarchy, controller: &str) -> Result<PathBuf, CgroupError> {
+    let refused = match pass_controllers_on(&hierarchy.own, controller) {
         Ok(()) => return Ok(hierarchy.own.clone()),
         Err(error) => error,
     };
     match hierarchy.own.parent() {
-        Some(above) if above.starts_with(&hierarchy.top) && pass_controllers_on(above).is_ok() => {
+        Some(above)
+            if above.starts_with(&hierarchy.top)
+                && pass_controllers_on(above, controller).is_ok() =>
+        {
             Ok(above.into())
         }
         _ => Err(refused),
     }
 }
 
-/// Lets groups in `parent` of a hierarchy of version 2 have the controllers.
-fn pass_controllers_on(parent: &Path) -> Result<(), CgroupError> {
+/// Lets groups in `parent` of a hierarchy of version 2 have `controller`, and those of [`CONTROLLERS`] that there are.
+fn pass_controllers_on(parent: &Path, controller: &str) -> Result<(), CgroupError> {
     let file = parent.join("cgroup.subtree_control");
-    let passed_on = read(&file)?;
-    for controller in CONTROLLERS {
-        if !passed_on.split_whitespace().any(|name| name == controller) {
-            fs::write(&file, format!("+{controller}")).map_err(|source| {
-                CgroupError::Controller { controller, parent: parent.into(), source }
-            })?;
-        }
+    let there = read(parent.join("cgroup.controllers"))?;
+    let wanted = controllers_to_pass_on(&there, &read(&file)?, controller);
+    if wanted.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    // In one go, which succeeds or changes nothing. One after the other, processor time would be granted to a group that has
+    // processes, and make it a threaded one, before memory is refused (cgroups(7), "thread mode").
+    fs::write(&file, &wanted).map_err(|source| CgroupError::Controllers {
+        controllers: wanted,
+        parent: parent.into(),
+        source,
+    })
+}
+
+/// What to write into `cgroup.subtree_control` of a group that has the controllers `there` and passes on `passed_on`.
+fn controllers_to_pass_on(there: &str, passed_on: &str, controller: &str) -> String {
+    let has = |all: &str, name: &str| all.split_whitespace().any(|one| one == name);
+    let common = CONTROLLERS.into_iter().filter(|name| *name != controller && has(there, name));
+    common
+        .chain([controller])
+        .filter(|name| !has(passed_on, name))
+        .map(|name| format!("+{name}"))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// A group of version 1 may hold no process before it is told processors and memory nodes.
@@ -394,4 +416,24 @@ fn read(path: impl AsRef<Path>) -> Result<String, CgroupError> {
 fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, CgroupError> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno: Errno| CgroupError::Open { path: path.into(), source: errno.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controllers_are_passed_on_together() {
+        let check = |there, passed_on, controller, expected: &str| {
+            assert_eq!(controllers_to_pass_on(there, passed_on, controller), expected);
+        };
+        let all = "cpuset cpu io memory hugetlb pids";
+        check(all, "", "cpu", "+memory +pids +cpu");
+        check(all, "memory pids\n", "pids", "+cpu");
+        check(all, "cpu memory pids", "memory", "");
+        check(all, "cpu memory pids", "cpuset", "+cpuset");
+        // What there is not is asked for if it is needed, so that the kernel says why not.
+        check("hugetlb", "", "hugetlb", "+hugetlb");
+        check("hugetlb", "", "cpu", "+cpu");
+    }
 }
