@@ -234,6 +234,27 @@ pub(crate) fn wipe_environment() {
     }
 }
 
+/// Leaves the session's keyring for an empty one: by the old one, its keys could be used whoever the process becomes
+/// (session-keyring(7)).
+///
+/// # Errors
+/// keyctl(2), such as EDQUOT.
+pub(crate) fn leave_keyrings() -> io::Result<()> {
+    /// linux/keyctl.h
+    const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
+    let anonymous = std::ptr::null::<c_char>();
+    // SAFETY: without a name the call reads no memory.
+    if unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) } >= 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // The kernel has no keys, or a filter of the caller's forbids to use them: inside, too.
+        Some(libc::ENOSYS | libc::EPERM) => Ok(()),
+        _ => Err(error),
+    }
+}
+
 /// Removes every capability from the bounding set, so that no program that this process starts can have one.
 pub(crate) fn drop_bounding_set() -> io::Result<()> {
     /// The kernel's capability masks have 64 bits.
