@@ -67,7 +67,11 @@ fn the_machines_process_is_confined() {
     let mounts = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 2, "{mounts}");
     let of_root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/")).unwrap();
-    assert!(of_root.contains(" ro,nosuid,nodev,noexec"), "{of_root}");
+    let of_sockets =
+        mounts.lines().find(|line| line.split(' ').nth(4) == Some("/sockets")).unwrap();
+    for mount in [of_root, of_sockets] {
+        assert!(mount.contains(" ro,nosuid,nodev,noexec"), "{mount}");
+    }
     let environment = fs::read(format!("/proc/{process}/environ")).unwrap();
     assert!(environment.iter().all(|byte| *byte == 0), "the environment is there");
     let limits = fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
