@@ -51,10 +51,17 @@ fn check_all_undone(before: &[&str]) {
     check(&["--uid", "4000000000"], "user \"4000000000\" does not exist");
     check(&["--uid", "root", "--gid", "no-such-group"], "group \"no-such-group\" does not exist");
     check(&["--cgroup", "pids.nothing=1"], "set pids.nothing of the control group");
+    // The group that is named is that of the file's controller.
+    let version_1 = Path::new("/sys/fs/cgroup/memory").exists();
+    let place = if version_1 { "/sys/fs/cgroup/memory" } else { "/sys/fs/cgroup" };
+    let message = format!("set memory.nothing of the control group: \"{place}/");
+    check(&["--cgroup", "memory.nothing=1", "--cgroup", "pids.max=9"], &message);
     check(&["--cgroup", "nothing.max=1"], "control group");
     check(&["--cgroup", "pids.max=many"], "set pids.max of the control group to \"many\"");
     let parent = ["--parent-cgroup", "no/such/group", "--cgroup", "pids.max=9"];
     check(&parent, "make control group");
+    let parent = ["--parent-cgroup", "x/../..", "--cgroup", "pids.max=9"];
+    check(&parent, "has no ..");
     check(
         &["--netns", "/no/such/netns"],
         "open network namespace \"/no/such/netns\": No such file",
