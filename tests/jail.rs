@@ -10,6 +10,7 @@ use crate::harness::held::Held;
 use crate::harness::{
     Outcome, Started, cleanslate, eventually, machine_of, run, signal, skipped, temp_dir,
 };
+use crate::leftovers::marked_groups;
 
 const NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
 
@@ -203,6 +204,31 @@ fn the_machine_dies_with_its_caller() {
 }
 
 #[test]
+fn the_machine_dies_with_its_caller_without_the_janitor_too() {
+    let machine = Held::start();
+    let (process, path) = (machine.process(), machine.path.clone());
+    let janitor = janitor_of(machine.child());
+    rustix::process::kill_process(janitor, rustix::process::Signal::STOP).unwrap();
+    signal(machine.child(), rustix::process::Signal::KILL);
+    eventually("the machine's process is gone", || {
+        !Path::new(&format!("/proc/{process}")).exists()
+    });
+    assert!(path.exists(), "somebody else did the janitor's work");
+    rustix::process::kill_process(janitor, rustix::process::Signal::CONT).unwrap();
+    eventually("the socket is gone", || !path.exists());
+}
+
+fn janitor_of(program: &Child) -> rustix::process::Pid {
+    let pid = program.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let is_janitor = |child: &&str| {
+        fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|n| n == "jail-janitor\n")
+    };
+    let number = children.split_whitespace().find(is_janitor).unwrap().parse().unwrap();
+    rustix::process::Pid::from_raw(number).unwrap()
+}
+
+#[test]
 fn a_machine_that_is_killed_is_told_about() {
     let machine = Held::start();
     let process = rustix::process::Pid::from_raw(machine.process() as i32).unwrap();
@@ -245,11 +271,8 @@ fn jails_that_cannot_be_are_refused_in_one_line_that_names_the_step_and_undone()
         let id = if arguments.contains(&"--id") { &[][..] } else { &["--id", "jail-test-refused"] };
         refused(run(&[&basic[..], id, arguments].concat()), message);
         assert!(!socket.exists(), "the socket was left behind");
-        let hierarchies = fs::read_dir("/sys/fs/cgroup").unwrap();
-        for hierarchy in hierarchies {
-            let group = hierarchy.unwrap().path().join("jail-test-refused");
-            assert!(!group.exists(), "{} was left behind", group.display());
-        }
+        let groups = marked_groups("jail-test-refused");
+        assert!(groups.is_empty(), "{groups:?} were left behind");
     };
     check(&["--id", "a/b"], "an id has 1 to 64 letters, digits or hyphens");
     check(&["--uid", "no-such-user"], "user \"no-such-user\" does not exist in /etc/passwd");
