@@ -6,6 +6,7 @@
 
 #![cfg_attr(target_env = "gnu", no_main)]
 
+use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::time::{Duration, Instant};
 
@@ -39,7 +40,7 @@ fn run() -> ! {
 
 /// Leads the standard descriptors that are closed nowhere, as the standard library's own `main` does: what is opened next would
 /// have such a number otherwise, and be written to, and kept in a jail. And standard input, which nobody here reads: who
-/// takes over a machine's process is not to read what the user types.
+/// takes over a machine's process is not to read what the user types, so a terminal is open for writing alone, too.
 fn prepare_descriptors() -> rustix::io::Result<()> {
     const STDERR: i32 = 2;
     let open = || rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty());
@@ -56,7 +57,23 @@ fn prepare_descriptors() -> rustix::io::Result<()> {
         let _ = null.into_raw_fd();
         null = open()?;
     }
-    rustix::stdio::dup2_stdin(&null)
+    rustix::stdio::dup2_stdin(&null)?;
+    // It may be somebody else's (su(1)), who alone may open it; then it stays as it is.
+    let terminal = |number: i32| {
+        let flags = OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+        rustix::fs::open(format!("/proc/self/fd/{number}"), flags, Mode::empty())
+    };
+    if std::io::stdout().is_terminal()
+        && let Ok(terminal) = terminal(1)
+    {
+        rustix::stdio::dup2_stdout(&terminal)?;
+    }
+    if std::io::stderr().is_terminal()
+        && let Ok(terminal) = terminal(STDERR)
+    {
+        rustix::stdio::dup2_stderr(&terminal)?;
+    }
+    Ok(())
 }
 
 /// When the process began: as long ago as the processor time that it has used, which the C library and the kernel's part
