@@ -4,10 +4,13 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use crate::harness::held::Held;
-use crate::harness::{Outcome, Started, eventually, run, signal, skipped, temp_dir};
+use crate::harness::{
+    Outcome, Started, cleanslate, eventually, machine_of, run, signal, skipped, temp_dir,
+};
+use crate::leftovers::marked_groups;
 
 const NAMESPACES: [&str; 5] = ["mnt", "pid", "net", "ipc", "uts"];
 
@@ -65,7 +68,11 @@ fn the_machines_process_is_confined() {
     let mounts = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 2, "{mounts}");
     let of_root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/")).unwrap();
-    assert!(of_root.contains(" ro,nosuid,nodev,noexec"), "{of_root}");
+    let of_sockets =
+        mounts.lines().find(|line| line.split(' ').nth(4) == Some("/sockets")).unwrap();
+    for mount in [of_root, of_sockets] {
+        assert!(mount.contains(" ro,nosuid,nodev,noexec"), "{mount}");
+    }
     let environment = fs::read(format!("/proc/{process}/environ")).unwrap();
     assert!(environment.iter().all(|byte| *byte == 0), "the environment is there");
     let limits = fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
@@ -110,6 +117,47 @@ fn the_control_group_limits_memory_processes_and_processors() {
     }
 }
 
+/// Where the machine's standard descriptors lead if a shell starts the program with these redirections.
+fn standard_descriptors(redirections: &str) -> [PathBuf; 3] {
+    let dir = temp_dir();
+    let socket = dir.path().join("vsock");
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("exec \"$@\" {redirections}"), "sh"]);
+    command.arg(cleanslate(&[]).get_program());
+    command.args(["run", "--hold", "--uds", socket.to_str().unwrap()]);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let program = Started::new(command);
+    eventually("the machine is in its jail", || machine_is_restricted(&program.child));
+    let machine = machine_of(&program.child);
+    let descriptors =
+        [0, 1, 2].map(|number| fs::read_link(format!("/proc/{machine}/fd/{number}")).unwrap());
+    signal(&program.child, rustix::process::Signal::TERM);
+    program.finish("cleanslate run --hold");
+    descriptors
+}
+
+/// Whether the jailed process is there and has its filters.
+fn machine_is_restricted(program: &Child) -> bool {
+    let pid = program.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    children.split_whitespace().any(|child| {
+        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        status.contains("\nSeccomp:\t2")
+    })
+}
+
+#[test]
+fn standard_descriptors_that_are_closed_lead_nowhere_in_the_jail() {
+    let descriptors = standard_descriptors("<&- >&- 2>&-");
+    assert_eq!(descriptors, ["/dev/null"; 3].map(PathBuf::from));
+}
+
+#[test]
+fn a_machine_cannot_read_standard_input() {
+    let [stdin, ..] = standard_descriptors("</etc/passwd");
+    assert_eq!(stdin, Path::new("/dev/null"));
+}
+
 #[test]
 fn no_jail_has_to_be_asked_for_and_says_so() {
     run(&["run", "--no-jail"])
@@ -134,7 +182,7 @@ fn whoever_is_not_root_gets_a_jail_too_and_hears_what_is_missing() {
     fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut command = Command::new(&program);
     command.args(["run", "--resets", "3"]).uid(12345).gid(group);
-    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     Started::new(command)
         .finish("cleanslate run as a user who may open /dev/kvm")
         .expect_status(0)
@@ -153,6 +201,31 @@ fn the_machine_dies_with_its_caller() {
         !Path::new(&format!("/proc/{process}")).exists()
     });
     eventually("the socket is gone", || !path.exists());
+}
+
+#[test]
+fn the_machine_dies_with_its_caller_without_the_janitor_too() {
+    let machine = Held::start();
+    let (process, path) = (machine.process(), machine.path.clone());
+    let janitor = janitor_of(machine.child());
+    rustix::process::kill_process(janitor, rustix::process::Signal::STOP).unwrap();
+    signal(machine.child(), rustix::process::Signal::KILL);
+    eventually("the machine's process is gone", || {
+        !Path::new(&format!("/proc/{process}")).exists()
+    });
+    assert!(path.exists(), "somebody else did the janitor's work");
+    rustix::process::kill_process(janitor, rustix::process::Signal::CONT).unwrap();
+    eventually("the socket is gone", || !path.exists());
+}
+
+fn janitor_of(program: &Child) -> rustix::process::Pid {
+    let pid = program.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let is_janitor = |child: &&str| {
+        fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|n| n == "jail-janitor\n")
+    };
+    let number = children.split_whitespace().find(is_janitor).unwrap().parse().unwrap();
+    rustix::process::Pid::from_raw(number).unwrap()
 }
 
 #[test]
@@ -198,11 +271,8 @@ fn jails_that_cannot_be_are_refused_in_one_line_that_names_the_step_and_undone()
         let id = if arguments.contains(&"--id") { &[][..] } else { &["--id", "jail-test-refused"] };
         refused(run(&[&basic[..], id, arguments].concat()), message);
         assert!(!socket.exists(), "the socket was left behind");
-        let hierarchies = fs::read_dir("/sys/fs/cgroup").unwrap();
-        for hierarchy in hierarchies {
-            let group = hierarchy.unwrap().path().join("jail-test-refused");
-            assert!(!group.exists(), "{} was left behind", group.display());
-        }
+        let groups = marked_groups("jail-test-refused");
+        assert!(groups.is_empty(), "{groups:?} were left behind");
     };
     check(&["--id", "a/b"], "an id has 1 to 64 letters, digits or hyphens");
     check(&["--uid", "no-such-user"], "user \"no-such-user\" does not exist in /etc/passwd");

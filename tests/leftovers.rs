@@ -39,21 +39,21 @@ fn processes(mark: &str) -> Vec<i32> {
     numbers.filter(is_marked).collect()
 }
 
-/// The control groups that have the mark, in every hierarchy, wherever they are in it.
-fn marked_groups() -> Vec<PathBuf> {
-    fn search(dir: &Path, found: &mut Vec<PathBuf>) {
+/// The control groups whose names begin with `mark`, in every hierarchy, wherever they are in it.
+pub fn marked_groups(mark: &str) -> Vec<PathBuf> {
+    fn search(dir: &Path, mark: &str, found: &mut Vec<PathBuf>) {
         let entries = fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
         for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
             let path = entry.path();
-            if entry.file_name().to_string_lossy().starts_with(MARK) {
+            if entry.file_name().to_string_lossy().starts_with(mark) {
                 found.push(path);
             } else {
-                search(&path, found);
+                search(&path, mark, found);
             }
         }
     }
     let mut found = Vec::new();
-    search(Path::new("/sys/fs/cgroup"), &mut found);
+    search(Path::new("/sys/fs/cgroup"), mark, &mut found);
     found
 }
 
@@ -112,7 +112,7 @@ fn five_hundred_launches_of_which_many_are_killed_leave_nothing() {
     assert!(killed > 200 && clean > 100, "{killed} killed, {clean} clean");
     // The janitor of a program that was killed may still be at work.
     eventually("no process is left", || processes(MARK).is_empty());
-    let groups = marked_groups();
+    let groups = marked_groups(MARK);
     assert!(groups.is_empty(), "control groups were left: {groups:?}");
     let files: Vec<_> =
         fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

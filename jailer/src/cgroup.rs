@@ -9,7 +9,7 @@ mod hierarchy;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::fs::{Mode, OFlags};
@@ -70,6 +70,9 @@ impl FromStr for Setting {
 /// Why there is no control group.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
+    /// The group to make it in leads out of the hierarchies.
+    #[error("make control group in {0:?}: a path below each hierarchy's top has no ..")]
+    Parent(PathBuf),
     /// This host shows no hierarchy for a controller.
     #[error(
         "make control group: no hierarchy with the controller {0} is mounted in /sys/fs/cgroup"
@@ -138,7 +141,7 @@ impl CgroupError {
                     | io::ErrorKind::ReadOnlyFilesystem
                     | io::ErrorKind::NotFound
             ),
-            Self::InUse(_) | Self::NoFile { .. } | Self::Refused { .. } => false,
+            Self::Parent(_) | Self::InUse(_) | Self::NoFile { .. } | Self::Refused { .. } => false,
         }
     }
 }
@@ -163,6 +166,10 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`].
     pub fn make(plan: &CgroupPlan, id: &Id, janitor: &mut Janitor) -> Result<Self, CgroupError> {
+        let leads_up = |path: &PathBuf| path.components().any(|part| part == Component::ParentDir);
+        if let Some(parent) = plan.parent.as_ref().filter(|parent| leads_up(parent)) {
+            return Err(CgroupError::Parent(parent.clone()));
+        }
         let own = read("/proc/self/cgroup")?;
         let mut cgroup = Self { groups: Vec::new() };
         let limits = plan.limits();
@@ -170,16 +177,17 @@ impl Cgroup {
         for limit in &limits {
             limited.push(cgroup.add(limit.controller, &own, plan, id, janitor)?);
         }
+        let mut set = Vec::new();
         for setting in &plan.settings {
             // A file is named for its controller.
             let (controller, _) = setting.file.split_once('.').unwrap_or_default();
-            cgroup.add(controller, &own, plan, id, janitor)?;
+            set.push(cgroup.add(controller, &own, plan, id, janitor)?);
         }
         for (limit, group) in limits.iter().zip(limited) {
             cgroup.groups[group].limit(limit)?;
         }
-        for setting in &plan.settings {
-            cgroup.set(setting)?;
+        for (setting, group) in plan.settings.iter().zip(set) {
+            cgroup.groups[group].set(setting)?;
         }
         Ok(cgroup)
     }
@@ -252,18 +260,16 @@ impl Cgroup {
         self.groups.push(Group { version: hierarchy.version, dir, entry });
         Ok(self.groups.len() - 1)
     }
-
-    fn set(&self, Setting { file, value }: &Setting) -> Result<(), CgroupError> {
-        let group = self.groups.iter().find(|group| group.dir.join(file).exists());
-        let Some(group) = group else {
-            let place = self.groups.last().map(|group| group.dir.clone()).unwrap_or_default();
-            return Err(CgroupError::NoFile { file: file.clone(), place });
-        };
-        write(&group.dir, file, value)
-    }
 }
 
 impl Group {
+    fn set(&self, Setting { file, value }: &Setting) -> Result<(), CgroupError> {
+        if !self.dir.join(file).exists() {
+            return Err(CgroupError::NoFile { file: file.clone(), place: self.dir.clone() });
+        }
+        write(&self.dir, file, value)
+    }
+
     fn limit(&self, limit: &Limit) -> Result<(), CgroupError> {
         let (file, value) = limit.in_version(self.version);
         match write(&self.dir, file, &value) {

@@ -47,6 +47,7 @@ pub struct Readiness {
 /// # Errors
 /// What the kernel says when it has no process or no descriptor left.
 pub fn detach() -> io::Result<Side> {
+    sys::let_children_be_waited_for();
     let (ready, pipe) = pipe_with(PipeFlags::CLOEXEC)?;
     // No pipe: it is read after its writers have ended or at any time before, and never full.
     let messages = rustix::fs::memfd_create("messages", MemfdFlags::CLOEXEC)?;

@@ -127,7 +127,7 @@ impl Inside {
 
 impl Jail {
     /// Makes what has to be there before the process: the janitor, the control group. From here on the caller does not die
-    /// of SIGINT, SIGTERM or SIGHUP; [`Prepared::run`] hands them on. The caller has one thread.
+    /// of SIGINT, SIGTERM or SIGHUP; [`Prepared::run`] hands on those that it does not ignore. The caller has one thread.
     ///
     /// # Errors
     /// [`JailError`].
@@ -136,6 +136,7 @@ impl Jail {
         if rootless && self.user.is_some() {
             return Err(JailError::NeedsRoot("becoming another user"));
         }
+        sys::let_children_be_waited_for();
         let signals = SignalFd::new(&HANDED_ON).map_err(host("wait for signals"))?;
         let mut janitor = Janitor::start(self.namespaces_of_janitor(rootless))
             .map_err(host("start the janitor"))?;

@@ -318,11 +318,19 @@ fn remove_group(dir: &Path) -> io::Result<()> {
 }
 
 fn kill_all(dir: &Path) {
-    let processes = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    for pid in processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
-        // By a descriptor: the number may belong to another process a moment later, the descriptor does not.
-        let _ = rustix::process::pidfd_open(pid, PidfdFlags::empty())
-            .and_then(|process| rustix::process::pidfd_send_signal(process, Signal::KILL));
+    let members = || -> Vec<Pid> {
+        let numbers = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        numbers.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect()
+    };
+    let opened: Vec<(Pid, OwnedFd)> = members()
+        .into_iter()
+        .filter_map(|pid| Some((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?)))
+        .collect();
+    // A number may have gone to another process before it was opened. The descriptor of one that is still a member is that
+    // member's, or leads to one that has ended.
+    let members = members();
+    for (_, process) in opened.iter().filter(|(pid, _)| members.contains(pid)) {
+        let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
     }
 }
 

@@ -263,7 +263,7 @@ fn shown(path: &str) -> Result<Mount, &'static str> {
     if !path.is_absolute() || !is_plain || path.parent().is_none() {
         return Err("it has to be an absolute path without .., and not / itself");
     }
-    Ok(Mount { source: path.clone(), target: path })
+    Ok(Mount { source: path.clone(), target: path, read_only: false })
 }
 
 /// What clap says, without the label in front and the usage behind.

@@ -310,7 +310,8 @@ mod tests {
             .unwrap();
         let program = Program::find(path.as_ref(), None).unwrap();
         let root = Root::Directory(dir.path().into());
-        let shown = |path: &str| [Mount { source: path.into(), target: path.into() }];
+        let shown =
+            |path: &str| [Mount { source: path.into(), target: path.into(), read_only: false }];
         assert!(program.check_loader(&Root::Empty, &[]).is_err());
         assert!(program.check_loader(&Root::Empty, &shown("/lib")).is_err());
         assert!(program.check_loader(&Root::Empty, &shown("/lib/loader")).is_ok());

@@ -30,6 +30,8 @@ pub struct Mount {
     pub source: PathBuf,
     /// Where the jail has it: an absolute path.
     pub target: PathBuf,
+    /// Nothing can be made, changed or removed there. Sockets can be connected to all the same.
+    pub read_only: bool,
 }
 
 /// Attributes of everything that is mounted: no devices, no programs with more rights than whoever starts them.
@@ -108,11 +110,14 @@ fn show(mount: &Mount, tree: &OwnedFd) -> rustix::io::Result<()> {
         rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(tree)?.st_mode).is_dir();
     if is_directory {
         present(rustix::fs::mkdir(target, Mode::from_raw_mode(0o755)))?;
-        sys::set_mount_attributes(tree, INERT)?;
     } else {
-        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        // A command of before may have left a FIFO here, which would wait for a reader.
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         drop(rustix::fs::open(target, flags, Mode::from_raw_mode(0o644))?);
     }
+    let mut attributes = if is_directory { INERT } else { MountAttrFlags::empty() };
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, mount.read_only);
+    sys::set_mount_attributes(tree, attributes)?;
     attach(tree, target)
 }
 

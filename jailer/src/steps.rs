@@ -71,6 +71,10 @@ pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
     }
     // 6. The environment may hold secrets.
     sys::wipe_environment();
+    //    And so may keys that the caller has. Who runs no program may not ask for them.
+    if jail.runs_a_program {
+        sys::leave_keyrings().map_err(step("leave the caller's keys"))?;
+    }
     // 7. No program that it starts can have more rights than it. While it still has the right to say so.
     sys::drop_bounding_set().map_err(step("drop the bounding set"))?;
     // 8. No network, or the one that was asked for; nobody else's shared memory. The janitor has had all the time until here

@@ -122,6 +122,21 @@ pub(crate) fn block_all_signals() {
     }
 }
 
+fn is_ignored(signal: c_int) -> bool {
+    let mut action: MaybeUninit<libc::sigaction> = MaybeUninit::uninit();
+    // SAFETY: the call changes nothing and writes `action`, unless it fails; then that is not looked at.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
+            && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Gives SIGCHLD its default action. Where it is ignored, a child's end cannot be waited for, and a process may be started so.
+pub(crate) fn let_children_be_waited_for() {
+    // SAFETY: a default action is no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// Which signals were blocked at some time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SignalMask(libc::sigset_t);
@@ -143,19 +158,17 @@ pub(crate) struct SignalFd {
 }
 
 impl SignalFd {
-    /// Blocks `signals`, to be read from the descriptor. SIGCHLD gets its default action, without which a child could not
-    /// be waited for.
+    /// Blocks `signals`, to be read from the descriptor, but for those that are ignored: whoever started this process (nohup(1),
+    /// a shell's background) wants them to do nothing.
     ///
     /// # Errors
     /// signalfd(2).
     pub fn new(signals: &[c_int]) -> io::Result<Self> {
         let (mut set, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-        // SAFETY: `set` is initialised by sigemptyset before it is read, `before` by sigprocmask before `assume_init`. The
-        // default action of SIGCHLD is no handler.
+        // SAFETY: `set` is initialised by sigemptyset before it is read, `before` by sigprocmask before `assume_init`.
         let (fd, before) = unsafe {
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in signals {
+            for signal in signals.iter().filter(|signal| !is_ignored(**signal)) {
                 libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), before.as_mut_ptr());
@@ -218,6 +231,27 @@ pub(crate) fn wipe_environment() {
         if !environ.is_null() {
             *environ = std::ptr::null_mut();
         }
+    }
+}
+
+/// Leaves the session's keyring for an empty one: by the old one, its keys could be used whoever the process becomes
+/// (session-keyring(7)).
+///
+/// # Errors
+/// keyctl(2), such as EDQUOT.
+pub(crate) fn leave_keyrings() -> io::Result<()> {
+    /// linux/keyctl.h
+    const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
+    let anonymous = std::ptr::null::<c_char>();
+    // SAFETY: without a name the call reads no memory.
+    if unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) } >= 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // The kernel has no keys, or a filter of the caller's forbids to use them: inside, too.
+        Some(libc::ENOSYS | libc::EPERM) => Ok(()),
+        _ => Err(error),
     }
 }
 

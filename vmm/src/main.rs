@@ -6,8 +6,11 @@
 
 #![cfg_attr(target_env = "gnu", no_main)]
 
+use std::io::IsTerminal;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Called by the C library, which the standard library has its arguments from as well.
@@ -26,9 +29,51 @@ fn main() {
 fn run() -> ! {
     let started = process_start();
     vmm::memory::prepare_process();
+    if prepare_descriptors().is_err() {
+        // There is nowhere to say so.
+        std::process::exit(vmm::cli::exit::USAGE_OR_HOST.into());
+    }
     let status = vmm::cli::status(vmm::cli::main(started));
     // Not a return: this writes what is left in the standard library's buffers.
     std::process::exit(status.into())
+}
+
+/// Leads the standard descriptors that are closed nowhere, as the standard library's own `main` does: what is opened next would
+/// have such a number otherwise, and be written to, and kept in a jail. And standard input, which nobody here reads: who
+/// takes over a machine's process is not to read what the user types, so a terminal is open for writing alone, too.
+fn prepare_descriptors() -> rustix::io::Result<()> {
+    const STDERR: i32 = 2;
+    let open = || rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty());
+    let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    let mut null = match open() {
+        // A host without it is all right as long as nothing is closed.
+        Err(_) if standard.into_iter().all(|fd| rustix::io::fcntl_getfd(fd).is_ok()) => {
+            return Ok(());
+        }
+        result => result?,
+    };
+    // Each has the lowest number that is free.
+    while null.as_raw_fd() <= STDERR {
+        let _ = null.into_raw_fd();
+        null = open()?;
+    }
+    rustix::stdio::dup2_stdin(&null)?;
+    // It may be somebody else's (su(1)), who alone may open it; then it stays as it is.
+    let terminal = |number: i32| {
+        let flags = OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+        rustix::fs::open(format!("/proc/self/fd/{number}"), flags, Mode::empty())
+    };
+    if std::io::stdout().is_terminal()
+        && let Ok(terminal) = terminal(1)
+    {
+        rustix::stdio::dup2_stdout(&terminal)?;
+    }
+    if std::io::stderr().is_terminal()
+        && let Ok(terminal) = terminal(STDERR)
+    {
+        rustix::stdio::dup2_stderr(&terminal)?;
+    }
+    Ok(())
 }
 
 /// When the process began: as long ago as the processor time that it has used, which the C library and the kernel's part

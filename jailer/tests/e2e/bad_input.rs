@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use crate::harness::runner::{tests, this_program};
+use crate::harness::runner::{program, tests, this_program};
 use crate::harness::{
-    Outcome, Started, contents, expect_no_traces, jail_probe, memory_setting, new_id, run,
+    Outcome, Started, contents, expect_no_traces, finish, jail_probe, memory_setting, new_id, run,
     run_probe, swap_setting, temp_dir, traces,
 };
 
@@ -20,6 +21,7 @@ tests! {
     Nobody a_command_that_cannot_be_run_is_refused,
     Root a_command_that_only_root_may_run_is_refused_inside,
     Root a_daemon_that_dies_before_its_command_runs_is_refused,
+    Root a_daemon_is_waited_for_by_those_who_ignore_their_children,
     Nobody help_and_version_are_no_failures,
     Nobody the_readme_names_only_options_that_exist,
 }
@@ -49,11 +51,18 @@ fn check_all_undone(before: &[&str]) {
     check(&["--uid", "4000000000"], "user \"4000000000\" does not exist");
     check(&["--uid", "root", "--gid", "no-such-group"], "group \"no-such-group\" does not exist");
     check(&["--cgroup", "pids.nothing=1"], "set pids.nothing of the control group");
+    // The group that is named is that of the file's controller.
+    let version_1 = Path::new("/sys/fs/cgroup/memory").exists();
+    let place = if version_1 { "/sys/fs/cgroup/memory" } else { "/sys/fs/cgroup" };
+    let message = format!("set memory.nothing of the control group: \"{place}/");
+    check(&["--cgroup", "memory.nothing=1", "--cgroup", "pids.max=9"], &message);
     check(&["--cgroup", "nothing.max=1"], "control group");
     check(&["--cgroup", "pids.max=many"], "set pids.max of the control group to \"many\"");
     let parent = ["--parent-cgroup", "no/such/group", "--cgroup", "pids.max=9"];
     check(&parent, "make control group");
     check(&parent, "/no/such/group");
+    let parent = ["--parent-cgroup", "x/../..", "--cgroup", "pids.max=9"];
+    check(&parent, "has no ..");
     check(
         &["--netns", "/no/such/netns"],
         "open network namespace \"/no/such/netns\": No such file",
@@ -212,6 +221,17 @@ fn a_daemon_that_dies_before_its_command_runs_is_refused() {
     let flags = ["--daemonize", "--cgroup", &memory, "--cgroup", swap_setting()];
     let outcome = run_probe(&id, &flags, &["exit", "0"]);
     refused(&id, outcome, "used more memory than its control group may");
+}
+
+fn a_daemon_is_waited_for_by_those_who_ignore_their_children() {
+    let id = new_id();
+    // Who is started so cannot wait for its children, unless it changes that.
+    let mut command = Command::new("env");
+    command.arg("--ignore-signal=CHLD").arg(program());
+    command.args(["--id", &id, "--daemonize", "--bind", "/no/such/file", "--"]);
+    command.arg(this_program()).args(["probe", &id, "exit", "0"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    refused(&id, finish(command), "show \"/no/such/file\": No such file");
 }
 
 fn help_and_version_are_no_failures() {

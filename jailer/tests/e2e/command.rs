@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::{Gid, Signal};
 use rustix::thread::UnshareFlags;
 
@@ -28,6 +29,7 @@ tests! {
     Nobody signals_reach_the_command_of_nobody,
     Root a_signal_ends_a_command_that_does_not_catch_it,
     Nobody a_signal_ends_a_command_of_nobody_that_does_not_catch_it,
+    Root a_signal_that_is_ignored_is_not_handed_on,
     Root a_pid_namespace_ends_with_its_command,
     Root limits_and_settings_hold,
     Root a_group_is_made_in_the_one_that_is_named,
@@ -37,6 +39,7 @@ tests! {
     Root a_directory_that_is_not_there_is_made_and_removed,
     Nobody a_directory_of_nobody_is_made_and_removed,
     Root links_in_the_root_lead_nowhere_outside,
+    Root a_pipe_in_the_root_keeps_no_later_command_waiting,
     Root a_dynamic_program_runs_with_its_libraries,
     Root a_command_is_looked_for_in_path,
     Root a_named_network_is_joined,
@@ -205,6 +208,15 @@ fn a_signal_ends_a_command_of_nobody_that_does_not_catch_it() {
     assert_eq!(end_by_signal(&[], Signal::TERM), Some(128 + 9));
 }
 
+fn a_signal_that_is_ignored_is_not_handed_on() {
+    raw::ignore(Signal::HUP);
+    let mut jail = Started::new(jail_probe(&new_id(), &["--new-pid-ns"], &["catch"]));
+    jail.signal(Signal::HUP);
+    jail.signal(Signal::TERM);
+    assert_eq!(jail.read_to_end(), "signal 15\n");
+    assert_eq!(jail.wait(), Some(0));
+}
+
 fn a_pid_namespace_ends_with_its_command() {
     // The child holds the pipe that is read to its end here.
     for flags in [&["--new-pid-ns"][..], &["--cgroup", "pids.max=10"]] {
@@ -332,6 +344,16 @@ fn links_in_the_root_lead_nowhere_outside() {
     let outcome = run_probe(&id, &flags, &["exit", "0"]);
     assert_eq!(contents(outside.path()), <[&Path; 0]>::default(), "{outcome}");
     outcome.expect_status(2).expect_stderr("show \"/dev/null\"");
+}
+
+fn a_pipe_in_the_root_keeps_no_later_command_waiting() {
+    let (id, base) = (new_id(), temp_dir());
+    let dev = base.path().join("e2e").join(&id).join("root/dev");
+    fs::create_dir_all(&dev).unwrap();
+    // As a command could leave it for the next one.
+    rustix::fs::mknodat(CWD, dev.join("null"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    let flags = ["--chroot-base-dir", base.path().to_str().unwrap(), "--bind", "/dev/null"];
+    run_probe(&id, &flags, &["exit", "0"]).expect_status(2).expect_stderr("show \"/dev/null\"");
 }
 
 fn a_dynamic_program_runs_with_its_libraries() {

@@ -52,7 +52,8 @@ fn program() -> Jail {
 }
 
 fn showing(path: &str, jail: Jail) -> Jail {
-    Jail { mounts: vec![Mount { source: path.into(), target: path.into() }], ..jail }
+    let mount = Mount { source: path.into(), target: path.into(), read_only: false };
+    Jail { mounts: vec![mount], ..jail }
 }
 
 /// How a try ends in a jail.

@@ -127,10 +127,11 @@ impl Arguments {
             Some(path) => Network::open(path)?,
             None => Network::New,
         };
-        let mounts = config
-            .vsock_path
-            .iter()
-            .map(|path| Mount { source: directory_of(path).into(), target: SOCKETS.into() });
+        let mounts = config.vsock_path.iter().map(|path| Mount {
+            source: directory_of(path).into(),
+            target: SOCKETS.into(),
+            read_only: true,
+        });
         let vcpus = u64::from(config.vcpus);
         let limits = [ResourceLimit::NO_CORE, ResourceLimit::descriptors(DESCRIPTORS)];
         Ok(Jail {

@@ -84,6 +84,10 @@ fn check_writing() {
     };
     check("make a file in sight", &attempt, [(showing(shown, machine()), Errno::ACCESS)]);
     works_in("make a file in sight", showing(shown, program()), &attempt);
+    // Unless it is shown to be looked at alone.
+    let mut jail = showing(shown, program());
+    jail.mounts[0].read_only = true;
+    check("make a file in a directory that is read-only", &attempt, [(jail, Errno::ROFS)]);
 }
 
 fn nothing_is_written_outside() {

@@ -1,5 +1,6 @@
 //! Tries to reach the network, to use more than is allowed, and to find what the caller left.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -29,6 +30,8 @@ tests! {
     Nobody descriptors_end_at_the_limit_for_nobody,
     Root what_the_caller_has_open_or_in_its_environment_stays_outside,
     Nobody what_a_caller_who_is_nobody_has_open_or_in_its_environment_stays_outside,
+    Root keys_of_the_callers_session_stay_outside,
+    Nobody keys_of_the_session_of_a_caller_who_is_nobody_stay_outside,
 }
 
 fn check_network() {
@@ -237,4 +240,23 @@ fn what_the_caller_has_open_or_in_its_environment_stays_outside() {
 
 fn what_a_caller_who_is_nobody_has_open_or_in_its_environment_stays_outside() {
     check_secrets();
+}
+
+fn check_keys() {
+    let name = CString::new(new_id()).unwrap();
+    match raw::add_key_to_new_session(&name) {
+        Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {
+            return not_run("this kernel keeps no keys");
+        }
+        result => result.expect("add a key"),
+    }
+    check("find a key", &|| raw::find_key(&name), [(program(), Errno::NOKEY)]);
+}
+
+fn keys_of_the_callers_session_stay_outside() {
+    check_keys();
+}
+
+fn keys_of_the_session_of_a_caller_who_is_nobody_stay_outside() {
+    check_keys();
 }

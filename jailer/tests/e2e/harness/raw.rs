@@ -1,5 +1,6 @@
 //! System calls that no crate of ours has a safe function for. The one place of these tests that is unsafe.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -33,7 +34,7 @@ pub fn seize(pid: Pid) -> io::Result<()> {
 }
 
 /// Runs the program behind a descriptor in place of this one.
-pub fn execute(program: &impl AsFd, argument: &std::ffi::CStr) -> io::Error {
+pub fn execute(program: &impl AsFd, argument: &CStr) -> io::Error {
     let arguments = [c"program".as_ptr(), argument.as_ptr(), std::ptr::null()];
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
     // SAFETY: both arrays end with a null pointer and live until the call is over, and so do the strings.
@@ -69,6 +70,12 @@ pub fn count_bounding_set() -> usize {
     (0..64).filter(has).count()
 }
 
+/// Ignores a signal, as do programs that this process starts.
+pub fn ignore(signal: Signal) {
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(signal.as_raw(), libc::SIG_IGN) };
+}
+
 /// Blocks signals, to be waited for.
 pub fn block(signals: &[Signal]) {
     // SAFETY: the set is initialised before it is read; no handler is touched.
@@ -94,6 +101,33 @@ fn set(signals: &[Signal]) -> libc::sigset_t {
         }
         set.assume_init()
     }
+}
+
+/// Gives this process a session's keyring of its own, with a key of this name in it.
+pub fn add_key_to_new_session(name: &CStr) -> io::Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_int = 1;
+    const SESSION: libc::c_int = -3;
+    let none = std::ptr::null::<libc::c_char>();
+    let kind = c"user".as_ptr();
+    // SAFETY: the kernel reads the strings and one byte, which live.
+    unsafe {
+        check(libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, none))?;
+        check(libc::syscall(
+            libc::SYS_add_key,
+            kind,
+            name.as_ptr(),
+            c"x".as_ptr(),
+            1_usize,
+            SESSION,
+        ))
+    }
+}
+
+/// Looks for a key of this name in the keyrings of this process.
+pub fn find_key(name: &CStr) -> io::Result<()> {
+    let (kind, none) = (c"user".as_ptr(), std::ptr::null::<libc::c_char>());
+    // SAFETY: the kernel reads the strings, which live.
+    check(unsafe { libc::syscall(libc::SYS_request_key, kind, name.as_ptr(), none, 0) })
 }
 
 /// Shared memory that everybody may use who finds it by its key (shmget(2)).
