@@ -100,7 +100,10 @@ fn the_control_group_limits_memory_processes_and_processors() {
     for (controller, group) in &groups {
         assert!(group.ends_with("jail-test-limits"), "{}", group.display());
         let found = match *controller {
-            "memory" => limit(group, "memory.limit_in_bytes", "memory.max"),
+            "memory" => {
+                assert_eq!(limit(group, "memory.swappiness", "memory.swap.max"), "0");
+                limit(group, "memory.limit_in_bytes", "memory.max")
+            }
             "pids" => limit(group, "pids.max", "pids.max"),
             _ => limit(group, "cpu.cfs_quota_us", "cpu.max"),
         };
@@ -240,6 +243,23 @@ fn a_machine_that_is_killed_is_told_about() {
 }
 
 #[test]
+fn a_machine_that_does_not_end_is_killed_at_the_third_signal() {
+    let machine = Held::start();
+    let process = rustix::process::Pid::from_raw(machine.process() as i32).unwrap();
+    // It cannot hear anything but SIGKILL.
+    rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+    eventually("it is stopped", || status(machine.process(), "State")[0] == "T");
+    for _ in 0..3 {
+        signal(machine.child(), rustix::process::Signal::INT);
+        // Two at once would be one.
+        eventually("the signal is taken", || {
+            status(machine.child().id(), "ShdPnd") == ["0000000000000000"]
+        });
+    }
+    machine.outcome().expect_status(2).expect_stderr("was killed by signal 9");
+}
+
+#[test]
 fn a_machine_that_takes_too_much_memory_is_told_about() {
     if !rustix::process::geteuid().is_root() {
         return skipped("control groups can only be made by root on most machines");
@@ -276,7 +296,7 @@ fn jails_that_cannot_be_are_refused_in_one_line_that_names_the_step_and_undone()
     };
     check(&["--id", "a/b"], "an id has 1 to 64 letters, digits or hyphens");
     check(&["--uid", "no-such-user"], "user \"no-such-user\" does not exist in /etc/passwd");
-    check(&["--uid", "123456"], "123456");
+    check(&["--uid", "123456"], "user \"123456\" does not exist");
     check(
         &["--uid", "nobody", "--gid", "no-such-group"],
         "group \"no-such-group\" does not exist in /etc/group",

@@ -279,6 +279,23 @@ impl Group {
             {
                 Ok(())
             }
+            Ok(()) if limit.controller == "memory" => self.forbid_swap(),
+            result => result,
+        }
+    }
+
+    /// Whoever may have no more memory must not take swap space instead. Not every host has any.
+    fn forbid_swap(&self) -> Result<(), CgroupError> {
+        let file = match self.version {
+            Version::V1 => "memory.swappiness",
+            Version::V2 => "memory.swap.max",
+        };
+        match write(&self.dir, file, "0") {
+            Err(CgroupError::Refused { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
             result => result,
         }
     }

@@ -17,9 +17,11 @@ pub struct Id(String);
 pub struct IdError;
 
 impl Id {
-    /// A name that no other process of this host has now: `cleanslate-<process number>`.
+    /// A name of its own for this process: `cleanslate-<process number>-<moment>`. The number alone would not do: containers
+    /// may have the same one in control groups that they share.
     pub fn of_this_process() -> Self {
-        Self(format!("cleanslate-{}", std::process::id()))
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Self(format!("cleanslate-{}-{:x}", std::process::id(), now.tv_nsec))
     }
 
     /// The text.

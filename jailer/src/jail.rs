@@ -25,6 +25,10 @@ use crate::user::User;
 /// Signals that the caller hands on instead of dying of them.
 const HANDED_ON: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGTSTP];
 
+/// At which SIGINT, SIGTERM or SIGHUP a machine's process is killed. The first asks it to end, and the second makes it end at
+/// once, if it is still its own master.
+const PATIENCE: u32 = 3;
+
 /// What confines a process, as plain data.
 #[derive(Debug)]
 pub struct Jail {
@@ -220,8 +224,13 @@ impl Prepared {
         drop((caller, report, given));
         self.janitor.guard(process.pidfd.as_fd());
         if self.rootless {
-            map_user(&process).map_err(host("map the user into a user namespace"))?;
-            rustix::io::write(&ours, &[0]).map_err(|e| host("start the process")(e.into()))?;
+            let started = map_user(&process)
+                .and_then(|()| rustix::io::write(&ours, &[0]).map_err(io::Error::from));
+            if let Err(error) = started {
+                // It must not go on when the pipe closes. Nobody needs its status.
+                let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+                return Err(host("map the user into a user namespace")(error));
+            }
         }
         let status = self.wait(&process).map_err(host("wait for the jailed process"))?;
         Ok(match (status.exit_status(), Violation::read(&reports)) {
@@ -276,6 +285,8 @@ impl Prepared {
 
     /// Waits for the process's end and hands signals on to it until then.
     fn wait(&self, process: &Child) -> io::Result<WaitIdStatus> {
+        let leads_namespace = self.namespaces() & libc::CLONE_NEWPID as u64 != 0;
+        let mut ends_wanted = 0;
         loop {
             let mut ready = [
                 PollFd::new(&process.pidfd, PollFlags::IN),
@@ -293,8 +304,14 @@ impl Prepared {
                     return Ok(status);
                 }
             } else if signalled {
-                let leads_namespace = self.namespaces() & libc::CLONE_NEWPID as u64 != 0;
-                hand_on(self.signals.take()?, process, leads_namespace);
+                let signal = self.signals.take()?;
+                ends_wanted += u32::from(signal != libc::SIGTSTP);
+                if ends_wanted >= PATIENCE && !self.jail.runs_a_program {
+                    // It was told, and either hangs or is somebody else's by now.
+                    let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+                } else {
+                    hand_on(signal, process, leads_namespace);
+                }
             }
         }
     }

@@ -9,7 +9,7 @@ use landlock::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::Signal;
+use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid};
 
 use crate::cgroup::Cgroup;
@@ -114,6 +114,10 @@ fn give_up_rights(jail: &Jail, rootless: bool) -> Result<(), StepError> {
         let user = Uid::from_raw(uid);
         rustix::thread::set_thread_res_uid(user, user, user)
             .map_err(step(format!("become user {uid}")))?;
+        // A change of user says so already, unless the host hands such dumps to a program (fs.suid_dumpable=2): it would get
+        // the guest's memory. (Without root the user may look into a process of his own.)
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .map_err(step("forbid dumps"))?;
     }
     let none = CapabilitySet::empty();
     rustix::thread::clear_ambient_capability_set().map_err(step("drop capabilities"))?;

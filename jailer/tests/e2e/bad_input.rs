@@ -226,8 +226,8 @@ fn a_daemon_that_dies_before_its_command_runs_is_refused() {
 fn a_daemon_is_waited_for_by_those_who_ignore_their_children() {
     let id = new_id();
     // Who is started so cannot wait for its children, unless it changes that.
-    let mut command = Command::new("env");
-    command.arg("--ignore-signal=CHLD").arg(program());
+    let mut command = Command::new(this_program());
+    command.args(["probe", &id, "ignore-children"]).arg(program());
     command.args(["--id", &id, "--daemonize", "--bind", "/no/such/file", "--"]);
     command.arg(this_program()).args(["probe", &id, "exit", "0"]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -33,7 +33,7 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
     no_jail: bool,
 
-    /// Name of the jail: its control group and its host name [default: cleanslate-PID]
+    /// Name of the jail: its control group and its host name [default: made of this process's number]
     #[arg(long, value_name = "ID")]
     id: Option<Id>,
 

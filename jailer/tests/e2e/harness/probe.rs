@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
 use rustix::io::Errno;
@@ -39,6 +40,10 @@ pub fn main(_id: &str, what: &[&str]) -> ExitCode {
             wait();
         }
         ["catch"] => catch(),
+        ["ignore-children", program, arguments @ ..] => {
+            raw::ignore(Signal::CHILD);
+            panic!("{}", std::process::Command::new(program).args(arguments.iter()).exec());
+        }
         ["kill-self", signal] => {
             let signal = signal.parse().ok().and_then(Signal::from_named_raw).expect("a signal");
             rustix::process::kill_process(rustix::process::getpid(), signal).expect("kill");
