@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::harness::runner::{As, Test, built_program, program, this_program};
+use crate::harness::runner::{As, Test, program, this_program};
 use crate::harness::{Outcome, V2_SEEN, dynamic_shell, finish_within, not_run, temp_dir};
 use archive::Archive;
 
@@ -65,7 +65,7 @@ fn kernel() -> Option<PathBuf> {
     all.filter(is_one).max_by_key(|path| path.metadata().and_then(|data| data.modified()).ok())
 }
 
-/// The machine's file system: this executable, which is its first process as well; the program where it was built; and what
+/// The machine's file system: this executable, which is its first process as well; the program; and what
 /// the test of dynamic programs takes.
 fn pack() -> Vec<u8> {
     let mut archive = Archive::default();
@@ -74,7 +74,7 @@ fn pack() -> Vec<u8> {
         archive.add(to, &contents);
     };
     add(&this_program(), Path::new("/init"));
-    add(&program(), built_program());
+    add(&program(), Path::new(inside::PROGRAM));
     for file in dynamic_shell() {
         add(&file, &file);
     }

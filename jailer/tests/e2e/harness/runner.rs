@@ -75,16 +75,17 @@ fn run_chosen(tests: &[Test], words: &[&str]) -> ExitCode {
         chosen.iter().for_each(|test| println!("{}: test", test.name));
         return ExitCode::SUCCESS;
     }
-    match run_all(&chosen, 1) {
+    match run_all(&chosen, 1, Path::new(env!("CARGO_BIN_EXE_jailer"))) {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(101),
     }
 }
 
-/// Runs tests, so many at a time, and says what came of them; false if that is a failure.
-pub fn run_all(chosen: &[&Test], jobs: usize) -> bool {
+/// Runs tests of the `jailer` program that `program` is, so many at a time, and says what came of them; false if that is a
+/// failure.
+pub fn run_all(chosen: &[&Test], jobs: usize, program: &Path) -> bool {
     let dir = temp_dir();
-    for (from, name) in [(built_program(), "jailer"), (&own_path(), "e2e")] {
+    for (from, name) in [(program, "jailer"), (&own_path(), "e2e")] {
         fs::copy(from, dir.path().join(name)).expect("copy a program");
     }
     let next = AtomicUsize::new(0);
@@ -139,11 +140,6 @@ fn run_one(Test { name, who, patience, .. }: &Test, dir: &Path) -> End {
 
 fn own_path() -> PathBuf {
     std::env::current_exe().expect("find this executable")
-}
-
-/// The `jailer` program where it was built, which not everybody may reach.
-pub fn built_program() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_jailer"))
 }
 
 /// The `jailer` program, where everybody may run it.

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use rustix::mount::MountFlags;
 use rustix::process::WaitOptions;
@@ -12,6 +13,9 @@ use crate::harness::{raw, runner};
 
 /// Tells the first process, on the kernel's command line, that it is the lab's.
 pub const WORD: &str = "in-the-lab";
+
+/// Where the `jailer` program is.
+pub const PROGRAM: &str = "/jailer";
 
 /// Begins the line that says where the tests are.
 pub const GREETING: &str = "the lab is Linux ";
@@ -37,7 +41,9 @@ pub fn main() -> std::process::ExitCode {
         join_a_group();
         // There is little that one test keeps busy.
         let jobs = std::thread::available_parallelism().map_or(1, usize::from) + 1;
-        i32::from(!runner::run_all(&crate::tests().iter().collect::<Vec<_>>(), jobs))
+        let all = crate::tests();
+        let all: Vec<_> = all.iter().collect();
+        i32::from(!runner::run_all(&all, jobs, Path::new(PROGRAM)))
     })
     .expect("fork");
     // Orphans come to the first process, who has to wait for them.
