@@ -1,6 +1,6 @@
 //! The residue check: state that was poisoned before a reset, compared item by item with what it was at power-on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use agent_protocol::{Poisoning, StateReading};
 use serde::Serialize;
@@ -48,7 +48,13 @@ pub fn compare(
             Ok(_) => Outcome::Reset,
         }
     };
-    poisoned.iter().map(|p| Residue { item: p.item.clone(), outcome: outcome(p) }).collect()
+    let tried: BTreeSet<_> = poisoned.iter().map(|poisoning| poisoning.item.as_str()).collect();
+    let forgotten = power_on.keys().filter(|item| !tried.contains(**item)).map(|item| Residue {
+        item: (*item).into(),
+        outcome: Outcome::NotPoisonable("the agent did not try".into()),
+    });
+    let each = |p: &Poisoning| Residue { item: p.item.clone(), outcome: outcome(p) };
+    poisoned.iter().map(each).chain(forgotten).collect()
 }
 
 /// For looking up: a guest decides how many there are.
@@ -108,6 +114,13 @@ mod tests {
         check(Some(0), Ok(7), None, Outcome::Left(None));
         check(Some(7), Ok(7), Some(7), same());
         check(Some(0), Err("no"), Some(9), Outcome::NotPoisonable("no".into()));
+    }
+
+    #[test]
+    fn an_item_that_the_agent_forgot_is_told() {
+        let residue = compare(&[reading("dr0", Some(0))], &[], &[reading("dr0", Some(0))]);
+        let expected = Outcome::NotPoisonable("the agent did not try".into());
+        assert_eq!(residue, [Residue { item: "dr0".into(), outcome: expected }]);
     }
 
     #[test]
