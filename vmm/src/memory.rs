@@ -59,6 +59,9 @@ pub enum MemoryError {
     /// The ranges of [`layout::ram_ranges`] were refused.
     #[error("lay out guest memory")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// Mapping what the template leaves empty.
+    #[error("map the RAM that the image leaves empty")]
+    Empty(#[source] io::Error),
     /// Going back to the template.
     #[error("drop the private pages of guest memory")]
     Restore(#[source] io::Error),
@@ -143,6 +146,36 @@ impl Memory {
     /// [`MemoryError::Map`] if the address space or the kernel's patience is exhausted.
     pub fn map(template: &Template) -> Result<Self, MemoryError> {
         Ok(Self { ram: map(&template.file, template.bytes, libc::MAP_PRIVATE)? })
+    }
+
+    /// Has RAM from the guest address `start` on, where the template is empty, come from no file: what is only read there costs
+    /// no memory, which a hole of a file does, and what is written comes in large pages where the host has them. So a
+    /// guest that looks at all of it is done in milliseconds. To be called before KVM knows of the mapping.
+    ///
+    /// # Errors
+    /// [`MemoryError::Empty`]; the mapping must be dropped.
+    pub fn detach_above(&mut self, start: u64) -> Result<(), MemoryError> {
+        for region in self.ram.iter() {
+            let skipped = start.saturating_sub(region.start_addr().0).min(region.len());
+            let len = (region.len() - skipped) as usize;
+            if len == 0 {
+                continue;
+            }
+            // SAFETY: the region is that long.
+            let address = unsafe { region.as_ptr().add(skipped as usize) }.cast::<libc::c_void>();
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags =
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+            // SAFETY: [address, address + len) lies in the mapping that `region` owns and unmaps whole, so nothing else is
+            // replaced. As in `restore_below`, no Rust reference points into it.
+            let mapped = unsafe { libc::mmap(address, len, protection, flags, -1, 0) };
+            if mapped == libc::MAP_FAILED {
+                return Err(MemoryError::Empty(io::Error::last_os_error()));
+            }
+            // SAFETY: the same range. Advice alone; a kernel without large pages refuses it, and then there are none.
+            unsafe { libc::madvise(address, len, libc::MADV_HUGEPAGE) };
+        }
+        Ok(())
     }
 
     /// RAM as the devices see it.
@@ -235,6 +268,24 @@ mod tests {
         assert_eq!((read(&memory, 0x2000), &read(&memory, 0x3000)), ([0; 4], b"leak"));
         memory.restore_below(0).unwrap();
         assert_eq!(&read(&memory, 0x3000), b"leak");
+    }
+
+    #[test]
+    fn ram_without_file_is_empty_and_a_restore_empties_it_again() {
+        let mut memory = Memory::map(&template_with(b"kern")).unwrap();
+        memory.detach_above(2 << 20).unwrap();
+        let above = (4 << 20) - 4;
+        assert_eq!((&read(&memory, 0x1000), read(&memory, above)), (b"kern", [0; 4]));
+        for address in [0x1000, (2 << 20) - 4, 2 << 20, above] {
+            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+        }
+        memory.restore_below(2 << 20).unwrap();
+        assert_eq!((read(&memory, (2 << 20) - 4), &read(&memory, above)), ([0; 4], b"leak"));
+        memory.restore().unwrap();
+        assert_eq!(&read(&memory, 0x1000), b"kern");
+        assert_eq!((read(&memory, 2 << 20), read(&memory, above)), ([0; 4], [0; 4]));
+        memory.detach_above(u64::MAX).unwrap();
+        assert_eq!(&read(&memory, 0x1000), b"kern");
     }
 
     #[test]

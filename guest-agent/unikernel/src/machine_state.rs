@@ -23,6 +23,7 @@ const IO_APIC_NAME: &str = "ioapic.pin20";
 const IO_APIC_POISON: u64 = 0x0100_0000_0001_00f5;
 
 const RAM_NAME: &str = "ram.pages";
+const RAM_BEYOND_NAME: &str = "ram.above_1gib";
 
 /// What has a value at first that the agent did not give it. The floating-point unit was saved before anything used it,
 /// and the agent uses nothing else of all this.
@@ -56,6 +57,9 @@ pub fn poison() -> Vec<Poisoning> {
     add(IO_APIC_NAME.into(), held_or_not(IO_APIC_POISON, io_apic::redirection(IO_APIC_PIN)));
     let stamped = ram::stamp();
     add(RAM_NAME.into(), held_or_not(stamped.max(1), Some(ram::dirty_pages())));
+    if ram::reaches_beyond_map() {
+        add(RAM_BEYOND_NAME.into(), Err("the agent maps 1 GiB of RAM".into()));
+    }
     for (name, value) in fpu_items(&fpu::poison()) {
         add(name, Ok(value));
     }
