@@ -22,6 +22,14 @@ pub enum Fault {
     NmiQueued,
     /// RAM behind the agent's image keeps its contents
     RamKept,
+    /// General registers, CR2, CR3, data segments and LDTR stay as they are, but for what the entry point needs
+    RegistersKept,
+    /// Model-specific registers stay as they are, but for those of clocks, counters and KVM's interface
+    MsrsKept,
+    /// The local APIC keeps all but its timer and its NMI pin
+    LapicKept,
+    /// The I/O APIC keeps its entries
+    IoapicKept,
     /// Floating-point and vector registers stay as they are
     FpuKept,
     /// Debug registers stay as they are
@@ -42,6 +50,10 @@ impl Fault {
             Self::NmiAfterReset => "nmi-after-reset",
             Self::NmiQueued => "nmi-queued",
             Self::RamKept => "ram-kept",
+            Self::RegistersKept => "registers-kept",
+            Self::MsrsKept => "msrs-kept",
+            Self::LapicKept => "lapic-kept",
+            Self::IoapicKept => "ioapic-kept",
             Self::FpuKept => "fpu-kept",
             Self::DebugregsKept => "debugregs-kept",
             Self::LapicTimerLeft => "lapic-timer-left",
@@ -57,6 +69,10 @@ impl Fault {
         matches!(
             self,
             Self::RamKept
+                | Self::RegistersKept
+                | Self::MsrsKept
+                | Self::LapicKept
+                | Self::IoapicKept
                 | Self::FpuKept
                 | Self::DebugregsKept
                 | Self::LapicTimerLeft

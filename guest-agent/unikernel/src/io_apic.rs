@@ -9,7 +9,8 @@ const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
 /// First redirection entry, two registers each.
 const REDIRECTION: u32 = 0x10;
-const PINS: u8 = 24;
+/// How many there are.
+pub const PINS: u8 = 24;
 
 /// The redirection entry of a pin; `None` without an I/O APIC or such a pin.
 pub fn redirection(pin: u8) -> Option<u64> {

@@ -65,11 +65,15 @@ fn by_item(readings: &[StateReading]) -> BTreeMap<&str, Option<u64>> {
 /// The finding for an item: what a reset does not do if the item was left.
 fn finding(item: &str) -> &'static str {
     match item.split_once('.').map_or(item, |(group, _)| group) {
+        "reg" | "seg" | "cr" => "registers-kept",
         "fpu" => "fpu-kept",
         "dr0" | "dr1" | "dr2" | "dr3" | "dr6" | "dr7" => "debugregs-kept",
         "ram" => "ram-kept",
         "pv" => "pv-clock-left",
         "lapic" if item.starts_with("lapic.timer") => "lapic-timer-left",
+        "lapic" => "lapic-kept",
+        "msr" => "msrs-kept",
+        "ioapic" => "ioapic-kept",
         _ => "state-left",
     }
 }
@@ -132,8 +136,8 @@ mod tests {
         check(&residue, &mut |name, detail| found.push((name, detail)));
         let expected = [
             ("debugregs-kept", "the reset left dr7 is 1eaf, dr0 is 1eaf"),
+            ("msrs-kept", "the reset left msr.star is 1eaf"),
             ("pv-clock-left", "the reset left pv.eoi is 1eaf"),
-            ("state-left", "the reset left msr.star is 1eaf"),
         ];
         assert_eq!(found, expected.map(|(name, detail)| (name, detail.to_owned())));
     }
@@ -142,11 +146,16 @@ mod tests {
     fn every_item_has_its_finding() {
         let check = |item, expected| assert_eq!(finding(item), expected, "{item}");
         check("fpu.xmm15", "fpu-kept");
+        check("reg.r15", "registers-kept");
+        check("seg.ldtr", "registers-kept");
+        check("cr.cr2", "registers-kept");
         check("dr6", "debugregs-kept");
         check("ram.pages", "ram-kept");
         check("pv.system_time", "pv-clock-left");
         check("lapic.timer_count", "lapic-timer-left");
-        check("lapic.tpr", "state-left");
-        check("ioapic.pin20", "state-left");
+        check("lapic.tpr", "lapic-kept");
+        check("ioapic.pin20", "ioapic-kept");
+        check("msr.star", "msrs-kept");
+        check("something.else", "state-left");
     }
 }
