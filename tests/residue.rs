@@ -119,7 +119,7 @@ fn all_pages_of_ram_are_stamped_as_far_as_the_agent_maps_them() {
         let json = outcome.json();
         let items = json["lives"][1]["residue"].as_array().unwrap();
         let item = |name: &str| items.iter().find(|item| item["item"] == name);
-        // What the reset did restore is around the image.
+        // The image and what is around it are restored even so.
         let left = item("ram.pages").unwrap()["detail"].as_u64().unwrap();
         let mapped = mib.min(1024) << 8;
         assert_eq!(left, mapped - AGENT_PAGES, "{outcome}");

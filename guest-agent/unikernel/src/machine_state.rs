@@ -11,7 +11,7 @@ use agent_protocol::{Poisoning, StateReading};
 use crate::arch::first_look;
 use crate::arch::fpu::{self, Extended, Fpu};
 use crate::arch::gate::{self, CpuMsrs, DebugRegisters, SystemRegisters};
-use crate::arch::leave::{self, MARK};
+use crate::arch::leave::MARK;
 use crate::arch::ram;
 use crate::io_apic;
 
@@ -60,20 +60,22 @@ pub fn read(params: &Params) -> Vec<StateReading> {
 /// Gives everything another value than it has after a reset. What the agent itself needs gets it in [`last_poison`] and when
 /// it leaves, but is promised here.
 pub fn poison(params: &Params) -> Vec<Poisoning> {
-    let segment = leave::poison_segments();
     gate::poison_system_registers(CR2_POISON);
     let mut poisonings = residue::poison(ram::scratch(), &mut CpuMsrs);
     let mut add = |item: String, result| poisonings.push(Poisoning { item, result });
     for name in first_look::GENERAL {
         add(name.into(), Ok(mark_of(name)));
     }
-    let early = first_look::early();
+    let looked = first_look::early().is_some();
     for name in first_look::EARLY {
-        let held = early.map(|_| live_value(name, segment));
-        add(
-            name.into(),
-            held.ok_or_else(|| "the command line does not begin with look=first".into()),
-        );
+        let held = match (looked, name) {
+            (false, _) => Err("the command line does not begin with look=first".into()),
+            (true, "seg.cs") => {
+                Err("the entry point has the selector of the agent's ring 0".into())
+            }
+            (true, name) => Ok(live_value(name)),
+        };
+        add(name.into(), held);
     }
     gate::set_debug_registers(&DEBUG_POISON);
     let held = gate::debug_registers();
@@ -126,16 +128,20 @@ fn mark_of(name: &str) -> u64 {
 }
 
 /// What a register of [`first_look::EARLY`] holds from now on, most of them because the agent runs with that.
-fn live_value(name: &str, segment: u64) -> u64 {
-    const USER_CODE: u64 = 0x33;
+fn live_value(name: &str) -> u64 {
+    /// Of ring 3; ring 0 has none.
+    const USER_DATA: u64 = 0x2b;
     const X2APIC_BASE: u32 = 0x1b;
     const EFER: u32 = 0xc000_0080;
     const SPURIOUS_VECTOR: u32 = 0x80f;
     let system = SystemRegisters::read();
     let msr = |index| residue::read_one(index, &mut CpuMsrs).unwrap_or(0);
     match name {
-        "seg.cs" => USER_CODE,
-        "seg.ss" | "seg.ds" | "seg.es" | "seg.fs" | "seg.gs" => segment,
+        "seg.ss" => USER_DATA,
+        "seg.ds" => system.data[0].into(),
+        "seg.es" => system.data[1].into(),
+        "seg.fs" => system.data[2].into(),
+        "seg.gs" => system.data[3].into(),
         "seg.ldtr" => system.local_table.into(),
         "seg.tr" => system.task.into(),
         "seg.gdt_base" => system.global_table(),

@@ -170,16 +170,17 @@ impl PowerOnState {
         write_msrs(vcpu, &self.leave_vmx)?;
         // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
         // leaves a nested guest of AMD's kind.
+        // Before CR8, which comes with the system registers, changes the priority.
+        let lapic = match does(Fault::LapicTimerLeft) && does(Fault::LapicKept) {
+            true => self.lapic,
+            false => lapic_left(vcpu, self.lapic, &self.faults)?,
+        };
         let (regs, sregs) = match self.faults.has(Fault::RegistersKept) {
             true => registers_kept(vcpu, (self.regs, self.sregs))?,
             false => (self.regs, self.sregs),
         };
         vcpu.set_sregs(&sregs).map_err(KvmError::request("put back the system registers"))?;
-        if does(Fault::LapicTimerLeft) && does(Fault::LapicKept) {
-            vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
-        } else {
-            lapic_left(vcpu, self.lapic, &self.faults)?;
-        }
+        vcpu.set_lapic(&lapic).map_err(KvmError::request("put back the local APIC"))?;
         if does(Fault::FpuKept) {
             // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is
             // enabled for this process, so the state is no longer than the structure.
@@ -222,16 +223,22 @@ fn registers_kept(
     Ok((kvm_regs { rip, rflags, rbx, ..left }, sregs))
 }
 
-/// Puts back the local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]) or for all but those
-/// and the NMI pin ([`Fault::LapicKept`]).
-fn lapic_left(vcpu: &VcpuFd, mut reset: kvm_lapic_state, faults: &Faults) -> Result<(), KvmError> {
+/// The local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]) or for all but those, its NMI pin
+/// and its names ([`Fault::LapicKept`]).
+fn lapic_left(
+    vcpu: &VcpuFd,
+    mut reset: kvm_lapic_state,
+    faults: &Faults,
+) -> Result<kvm_lapic_state, KvmError> {
     /// LVT entry, initial count, divide configuration; 32 bits each.
     const TIMER: [usize; 3] = [0x320, 0x380, 0x3e0];
+    /// Whose form depends on the mode: number, logical destination and its format.
+    const NAMES: [usize; 3] = [0x20, 0xd0, 0xe0];
     const NMI_PIN: usize = 0x360;
     let left = vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?;
     for register in (0..reset.regs.len()).step_by(0x10) {
         let fault = match register {
-            NMI_PIN => continue,
+            other if other == NMI_PIN || NAMES.contains(&other) => continue,
             timer if TIMER.contains(&timer) => Fault::LapicTimerLeft,
             _ => Fault::LapicKept,
         };
@@ -240,7 +247,7 @@ fn lapic_left(vcpu: &VcpuFd, mut reset: kvm_lapic_state, faults: &Faults) -> Res
             reset.regs[bytes.clone()].copy_from_slice(&left.regs[bytes]);
         }
     }
-    vcpu.set_lapic(&reset).map_err(KvmError::request("put back the local APIC"))
+    Ok(reset)
 }
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {

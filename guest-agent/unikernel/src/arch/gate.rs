@@ -197,7 +197,8 @@ pub struct SystemRegisters {
     pub local_table: u16,
     /// TR.
     pub task: u16,
-    reserved: [u16; 2],
+    /// DS, ES, FS, GS.
+    pub data: [u16; 4],
 }
 
 impl SystemRegisters {
@@ -224,7 +225,7 @@ fn base(table: &[u8; 16]) -> u64 {
     u64::from_le_bytes(core::array::from_fn(|i| table[2 + i]))
 }
 
-/// Gives CR2 and LDTR other values than a reset does; the agent uses neither.
+/// Gives CR2, LDTR, DS, ES, FS and GS other values than a reset does; the agent uses none of them.
 pub fn poison_system_registers(cr2: u64) {
     call(cr2, 0, Service::PoisonSystem);
 }

@@ -194,11 +194,21 @@ gate_read_system:
     sidt 48(%rdi)
     sldt 64(%rdi)
     str 66(%rdi)
+    movw %ds, 68(%rdi)
+    movw %es, 70(%rdi)
+    movw %fs, 72(%rdi)
+    movw %gs, 74(%rdi)
     iretq
 
-# rdi = an address for CR2. LDTR gets the table that nobody uses.
+# rdi = an address for CR2. LDTR gets the table that nobody uses, and segment registers that 64-bit code has no use for the
+# selector of SS: from here, since where ring 0 is emulated KVM does not hear of what ring 3 loads.
 gate_poison_system:
     movq %rdi, %cr2
+    movl $USER_DATA, %eax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %fs
+    movw %ax, %gs
     movl $LOCAL_TABLE, %eax
     lldt %ax
     iretq
