@@ -8,7 +8,7 @@ use crate::counters::processor_is_amds;
 use crate::harness::{Outcome, run};
 
 /// Each fault, and what else a verdict says of it.
-const FAULTS: [(&str, &[&str]); 14] = [
+const FAULTS: [(&str, &[&str]); 15] = [
     ("pmu-not-reset", &["pmu-corrupted", "unknown-nmi"]),
     ("pmu-k7-only", &[]),
     ("globals-left", &[]),
@@ -22,6 +22,7 @@ const FAULTS: [(&str, &[&str]); 14] = [
     ("fpu-kept", &[]),
     ("debugregs-kept", &[]),
     ("lapic-timer-left", &[]),
+    ("event-buffers-stale", &[]),
     ("pv-clock-left", &[]),
 ];
 
@@ -170,5 +171,5 @@ fn faults_that_nothing_could_show_are_refused() {
         .expect_status(2)
         .expect_stderr("pmu-not-reset, pmu-k7-only, globals-left, nmi-after-reset, nmi-queued")
         .expect_stderr("ram-kept, registers-kept, msrs-kept, lapic-kept, ioapic-kept, fpu-kept")
-        .expect_stderr("debugregs-kept, lapic-timer-left, pv-clock-left");
+        .expect_stderr("debugregs-kept, lapic-timer-left, event-buffers-stale, pv-clock-left");
 }

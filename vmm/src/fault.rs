@@ -36,6 +36,8 @@ pub enum Fault {
     DebugregsKept,
     /// The timer of the local APIC runs on
     LapicTimerLeft,
+    /// The vsock device remembers an event buffer of the earlier life, and fills it in the next
+    EventBuffersStale,
     /// KVM goes on writing its paravirtual clocks and flags into RAM
     PvClockLeft,
 }
@@ -57,6 +59,7 @@ impl Fault {
             Self::FpuKept => "fpu-kept",
             Self::DebugregsKept => "debugregs-kept",
             Self::LapicTimerLeft => "lapic-timer-left",
+            Self::EventBuffersStale => "event-buffers-stale",
             Self::PvClockLeft => "pv-clock-left",
         }
     }
@@ -76,6 +79,7 @@ impl Fault {
                 | Self::FpuKept
                 | Self::DebugregsKept
                 | Self::LapicTimerLeft
+                | Self::EventBuffersStale
                 | Self::PvClockLeft
         )
     }

@@ -30,6 +30,8 @@ pub struct Agent {
     timings: Timings,
     /// When ring 3 began.
     entered: tsc::Native,
+    /// Events of the vsock device so far: none, unless the machine was restored from somewhere.
+    events: u64,
     /// Whether this life ends with marks in all registers.
     poisoned: bool,
     /// Whether it does nothing more than wait for its end.
@@ -48,6 +50,7 @@ impl Agent {
             pmu: None,
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
+            events: 0,
             poisoned: false,
             holds: false,
         }
@@ -216,7 +219,7 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => Reply::State(machine_state::read(&self.params)),
+            Request::GetState => Reply::State(machine_state::read(&self.params, self.events)),
             Request::Poison => {
                 self.poisoned = true;
                 Reply::Poisoned(machine_state::poison(&self.params))
@@ -234,6 +237,10 @@ impl Answer for Agent {
                 Reply::Done
             }
         })
+    }
+
+    fn note_event(&mut self) {
+        self.events += 1;
     }
 
     fn warn(&mut self, text: String) {

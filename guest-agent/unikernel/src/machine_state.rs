@@ -13,6 +13,7 @@ use crate::arch::fpu::{self, Extended, Fpu};
 use crate::arch::gate::{self, CpuMsrs, DebugRegisters, SystemRegisters};
 use crate::arch::leave::MARK;
 use crate::arch::ram;
+use crate::dma::pools::EVENTS;
 use crate::io_apic;
 
 const DEBUG_NAMES: [&str; 6] = ["dr0", "dr1", "dr2", "dr3", "dr6", "dr7"];
@@ -23,6 +24,7 @@ const DEBUG_POISON: DebugRegisters =
 /// A masked interrupt, for pins that the agent does not use.
 const IO_APIC_POISON: u64 = 0x0100_0000_0001_00f5;
 
+const EVENTS_NAME: &str = "vsock.events";
 const RAM_NAME: &str = "ram.pages";
 const RAM_BEYOND_NAME: &str = "ram.above_1gib";
 
@@ -31,7 +33,8 @@ const CR2_POISON: u64 = 0x1eaf_4000;
 
 /// What has a value at first that the agent did not give it. What the way here changes was saved before, and the agent uses
 /// nothing else of all this.
-pub fn read(params: &Params) -> Vec<StateReading> {
+/// `events` are those that the vsock device has sent.
+pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
     let mut readings = residue::read(&mut CpuMsrs);
     let mut add = |item: String, value| readings.push(StateReading { item, value });
     for (name, value) in first_look::GENERAL.into_iter().zip(first_look::general()) {
@@ -53,6 +56,7 @@ pub fn read(params: &Params) -> Vec<StateReading> {
     for pin in free_pins(params) {
         add(pin_name(pin), io_apic::redirection(pin));
     }
+    add(EVENTS_NAME.into(), Some(events));
     add(RAM_NAME.into(), Some(ram::dirty_pages()));
     readings
 }
@@ -89,6 +93,8 @@ pub fn poison(params: &Params) -> Vec<Poisoning> {
     for pin in params.devices().map(|device| device.irq) {
         add(pin_name(pin), Err("a device of the agent's uses it".into()));
     }
+    // Buffers that wait for the device: a reset has to let go of them, or they are filled in the next life.
+    add(EVENTS_NAME.into(), Ok(EVENTS as u64));
     let stamped = ram::stamp();
     add(RAM_NAME.into(), held_or_not(stamped.max(1), Some(ram::dirty_pages())));
     if ram::reaches_beyond_map() {

@@ -8,6 +8,7 @@ use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::Shared;
+use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
 use crate::fault::{Fault, Faults};
 use crate::layout;
 
@@ -22,6 +23,9 @@ impl Machine {
         self.park_vcpus();
         self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
+        let stale_event = self.config.faults.has(Fault::EventBuffersStale);
+        let stale_event =
+            stale_event.then(|| lock(&self.devices.vsock).oldest_request(EVENT_QUEUE)).flatten();
         self.devices.reset(&self.config.faults);
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
         let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
@@ -40,6 +44,9 @@ impl Machine {
             self.memory.restore_below(layout::AGENT_END)?;
         } else {
             self.memory.restore()?;
+        }
+        if let Some(event) = stale_event {
+            event.complete(self.memory.ram(), &TRANSPORT_RESET);
         }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;

@@ -72,6 +72,7 @@ fn finding(item: &str) -> &'static str {
         "pv" => "pv-clock-left",
         "lapic" if item.starts_with("lapic.timer") => "lapic-timer-left",
         "lapic" => "lapic-kept",
+        "vsock" => "event-buffers-stale",
         "msr" => "msrs-kept",
         "ioapic" => "ioapic-kept",
         _ => "state-left",
@@ -155,6 +156,7 @@ mod tests {
         check("lapic.timer_count", "lapic-timer-left");
         check("lapic.tpr", "lapic-kept");
         check("ioapic.pin20", "ioapic-kept");
+        check("vsock.events", "event-buffers-stale");
         check("msr.star", "msrs-kept");
         check("something.else", "state-left");
     }
