@@ -169,10 +169,10 @@ fn build_vm(
     let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) =
         Template::build(config.mem_mib << 20, |ram| boot::load(ram, image, &command_line, vcpus))?;
-    let mut memory = Memory::map(&template)?;
-    if matches!(config.payload, Payload::Agent) {
-        memory.detach_above(layout::AGENT_END)?;
-    }
+    let memory = match config.payload {
+        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Memory::map(&template)?,
+    };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })
 }
