@@ -22,7 +22,7 @@ const DEBUG_POISON: DebugRegisters =
     [0x1eaf_0000, 0x1eaf_1000, 0x1eaf_2000, 0x1eaf_3000, 0xffff_0ff1, 0x1_0400];
 
 /// A masked interrupt, for pins that the agent does not use.
-const IO_APIC_POISON: u64 = 0x0100_0000_0001_00f5;
+const IO_APIC_POISON: u32 = 0x1_00f5;
 
 const EVENTS_NAME: &str = "vsock.events";
 const RAM_NAME: &str = "ram.pages";
@@ -53,8 +53,9 @@ pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
     for (name, value) in DEBUG_NAMES.into_iter().zip(gate::debug_registers()) {
         add(name.into(), Some(value));
     }
-    for pin in free_pins(params) {
-        add(pin_name(pin), io_apic::redirection(pin));
+    let pins = free_pins(params);
+    for (pin, half) in pins.iter().zip(io_apic::redirections(&pins)) {
+        add(pin_name(*pin), half.map(u64::from));
     }
     add(EVENTS_NAME.into(), Some(events));
     add(RAM_NAME.into(), Some(ram::dirty_pages()));
@@ -86,9 +87,10 @@ pub fn poison(params: &Params) -> Vec<Poisoning> {
     for ((name, poison), held) in DEBUG_NAMES.into_iter().zip(DEBUG_POISON).zip(held) {
         add(name.into(), held_or_not(poison, Some(held)));
     }
-    for pin in free_pins(params) {
-        io_apic::set_redirection(pin, IO_APIC_POISON);
-        add(pin_name(pin), held_or_not(IO_APIC_POISON, io_apic::redirection(pin)));
+    let pins = free_pins(params);
+    io_apic::set_redirections(&pins, IO_APIC_POISON);
+    for (pin, half) in pins.iter().zip(io_apic::redirections(&pins)) {
+        add(pin_name(*pin), held_or_not(IO_APIC_POISON.into(), half.map(u64::from)));
     }
     for pin in params.devices().map(|device| device.irq) {
         add(pin_name(pin), Err("a device of the agent's uses it".into()));
@@ -163,8 +165,8 @@ fn live_value(name: &str) -> u64 {
     }
 }
 
-fn free_pins(params: &Params) -> impl Iterator<Item = u8> + '_ {
-    (0..io_apic::PINS).filter(|pin| params.devices().all(|device| device.irq != *pin))
+fn free_pins(params: &Params) -> Vec<u8> {
+    (0..io_apic::PINS).filter(|pin| params.devices().all(|device| device.irq != *pin)).collect()
 }
 
 fn pin_name(pin: u8) -> String {

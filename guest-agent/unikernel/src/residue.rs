@@ -93,8 +93,6 @@ pub fn keep_in_service(msrs: &mut impl Msrs) -> bool {
     const VECTOR_48: u64 = 0x4_4030;
     let mut send = [MsrOperation::write(X2APIC_ICR, VECTOR_48)];
     msrs.run(&mut send);
-    // Some KVMs deliver it a moment later.
-    msrs.spin();
     let mut look = [MsrOperation::read(X2APIC_ISR_1)];
     msrs.run(&mut look);
     look[0].result().is_some_and(|bits| bits & 1 << 16 != 0)

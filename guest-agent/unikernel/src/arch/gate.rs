@@ -28,8 +28,9 @@ enum Service {
     Xsave,
 }
 
-/// The number of [`Service::Triple`], for leave.s.
+/// Numbers of services, for leave.s.
 pub(super) const TRIPLE: u64 = Service::Triple as u64;
+pub(super) const STOP: u64 = Service::Stop as u64;
 
 unsafe extern "C" {
     fn gate_call(first: u64, second: u64, service: u64) -> u64;

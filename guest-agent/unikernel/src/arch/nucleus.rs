@@ -20,6 +20,7 @@ global_asm!(
     ".set LOOK_FIRST, {look_first}",
     ".set MARK, {mark}",
     ".set SERVICE_TRIPLE, {triple}",
+    ".set SERVICE_STOP, {stop}",
     include_str!("entry.s"),
     include_str!("gate.s"),
     include_str!("leave.s"),
@@ -32,6 +33,7 @@ global_asm!(
     look_first = const LOOK_FIRST,
     mark = const MARK,
     triple = const super::gate::TRIPLE,
+    stop = const super::gate::STOP,
     agent = sym crate::agent_start,
     fatal = sym super::fatal::exception,
     options(att_syntax)
