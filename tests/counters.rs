@@ -225,6 +225,33 @@ fn a_counter_of_cycles_not_halted_sleeps_with_its_processor() {
     );
 }
 
+#[test]
+fn a_guest_that_overflows_its_counters_for_ever_can_still_be_stopped() {
+    if !processor_is_amds() {
+        return;
+    }
+    const LVT_COUNTERS: u32 = 0xfee0_0340;
+    let round = (0..6)
+        .fold(Guest::new(), |guest, counter| {
+            guest.write_msr(CORE_COUNT + 2 * counter, (1 << 48) - 1)
+        })
+        // A reserved mode, and back.
+        .store(LVT_COUNTERS, 0x1_0300)
+        .store(LVT_COUNTERS, 0x1_0400)
+        .write_msr(GLOBAL_STATUS + 2, u64::MAX);
+    let armed = (0..6).fold(with_entry_for_counters(0x1_0400).print("s"), |guest, counter| {
+        guest.write_msr(CORE_SELECT + 2 * counter, CYCLES)
+    });
+    let dir = temp_dir();
+    let kernel = file(&dir, "guest.elf", &armed.for_ever(round).elf());
+    let arguments = ["run", "--no-jail", "--pmu", "emulated", "--kernel", kernel.to_str().unwrap()];
+    let mut program = Started::new(cleanslate(&arguments));
+    program.child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    signal(&program.child, Signal::INT);
+    program.finish("cleanslate run --kernel, in a storm").expect_status(130);
+}
+
 /// How often the threads of a process have gone to sleep of themselves so far.
 fn wake_ups(process: u32) -> u64 {
     let tasks = std::fs::read_dir(Path::new("/proc").join(process.to_string()).join("task"));

@@ -7,7 +7,12 @@ use serde_json::Value;
 use crate::harness::run;
 
 /// Items that every KVM lets a guest poison.
-const ALWAYS: [&str; 19] = [
+const ALWAYS: [&str; 44] = [
+    "cr.cr0",
+    "cr.cr2",
+    "cr.cr3",
+    "cr.cr4",
+    "cr.efer",
     "dr0",
     "dr1",
     "dr2",
@@ -16,10 +21,17 @@ const ALWAYS: [&str; 19] = [
     "dr7",
     "fpu.control",
     "fpu.mxcsr",
-    "fpu.xmm8",
+    "fpu.st0",
+    "fpu.tags",
+    "fpu.xmm0",
     "fpu.xmm15",
-    "ioapic.pin20",
+    "ioapic.pin0",
+    "ioapic.pin23",
+    "lapic.base",
+    "lapic.icr",
+    "lapic.irr1",
     "lapic.lvt_lint1",
+    "lapic.spurious_vector",
     "lapic.timer_count",
     "lapic.timer_lvt",
     "lapic.tpr",
@@ -27,6 +39,19 @@ const ALWAYS: [&str; 19] = [
     "msr.lstar",
     "msr.pat",
     "ram.pages",
+    "reg.eax",
+    "reg.ecx",
+    "reg.edx",
+    "reg.esp",
+    "reg.r15",
+    "reg.rbp",
+    "reg.rbx",
+    "seg.ds",
+    "seg.fs_base",
+    "seg.gdt_base",
+    "seg.idt_base",
+    "seg.ldtr",
+    "seg.tr",
 ];
 
 /// The outcome of each item of a life.
@@ -45,7 +70,7 @@ fn every_item_that_was_poisoned_is_reset_whatever_the_cause() {
     assert_eq!(lives[0]["residue"], Value::Null, "nothing was poisoned before it: {outcome}");
     for life in &lives[1..] {
         let outcomes = outcomes(life);
-        assert!(outcomes.len() > 40, "{outcome}");
+        assert!(outcomes.len() > 120, "{outcome}");
         for item in ALWAYS {
             assert_eq!(outcomes.get(item), Some(&"reset"), "{item}: {outcome}");
         }
@@ -63,7 +88,7 @@ fn what_cannot_be_poisoned_is_said_with_its_reason() {
         .filter(|item| item["outcome"] == "not-poisonable")
         .map(|item| (item["item"].as_str().unwrap(), item["detail"].as_str().unwrap()))
         .collect();
-    assert_eq!(reasons["xcr0"], "the agent leaves CR4.OSXSAVE clear", "{outcome}");
+    assert_eq!(reasons["ioapic.pin5"], "a device of the agent's uses it", "{outcome}");
     assert!(reasons.values().all(|reason| !reason.is_empty()), "{outcome}");
 }
 
@@ -81,6 +106,48 @@ fn values_that_were_left_are_told() {
     );
     let detail = json["findings"][0]["detail"].as_str().unwrap();
     assert!(detail.contains("dr3 is 1eaf3000"), "{outcome}");
+}
+
+#[test]
+fn all_pages_of_ram_are_stamped_as_far_as_the_agent_maps_them() {
+    /// What lies between the image and its end at least.
+    const AGENT_PAGES: u64 = 10 << 8;
+    for mib in [64, 1152] {
+        let size = mib.to_string();
+        let arguments = ["run", "--json", "--poison", "--resets", "1", "--mem", &size];
+        let outcome = run(&[&arguments[..], &["--inject", "ram-kept"]].concat()).expect_status(1);
+        let json = outcome.json();
+        let items = json["lives"][1]["residue"].as_array().unwrap();
+        let item = |name: &str| items.iter().find(|item| item["item"] == name);
+        // The image and what is around it are restored even so.
+        let left = item("ram.pages").unwrap()["detail"].as_u64().unwrap();
+        let mapped = mib.min(1024) << 8;
+        assert_eq!(left, mapped - AGENT_PAGES, "{outcome}");
+        let beyond = item("ram.above_1gib").map(|item| item["outcome"].as_str().unwrap());
+        assert_eq!(beyond, (mib > 1024).then_some("not-poisonable"), "{outcome}");
+    }
+}
+
+#[test]
+fn the_last_registers_hold_their_marks_whatever_the_cause() {
+    /// What leave.s gives to R15 and XMM0.
+    const MARK: u64 = 0x1eaf_1eaf_1eaf_0000;
+    for cause in ["i8042", "cf9", "acpi", "triple"] {
+        let arguments = ["run", "--json", "--poison", "--resets", "1", "--reset-via", cause];
+        let faults = ["--inject", "registers-kept", "--inject", "fpu-kept"];
+        let outcome = run(&[&arguments[..], &faults].concat()).expect_status(1);
+        let json = outcome.json();
+        let items = json["lives"][1]["residue"].as_array().unwrap();
+        for (name, expected) in [
+            ("reg.r15", MARK + 15),
+            ("reg.ecx", 0x1eaf_0001),
+            ("fpu.xmm0", MARK),
+            ("fpu.st7", MARK),
+        ] {
+            let item = items.iter().find(|item| item["item"] == name).unwrap();
+            assert_eq!(item["detail"], expected, "{name} {outcome}");
+        }
+    }
 }
 
 #[test]

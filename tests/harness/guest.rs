@@ -75,6 +75,13 @@ impl Guest {
         once.raw(&ticks.to_le_bytes()).raw(&[0x72, (-11_i8) as u8])
     }
 
+    /// Runs `part` again and again: `1: part; jmp 1b`
+    pub fn for_ever(self, part: Self) -> Self {
+        const JUMP_LEN: i32 = 5;
+        let back = -(i32::try_from(part.code.len()).expect("a short part") + JUMP_LEN);
+        self.raw(&part.code).raw(&[0xe9]).raw(&back.to_le_bytes())
+    }
+
     /// Turns the machine off by ACPI's sleep control register.
     pub fn power_off(self) -> Self {
         self.out(0x601, 0x34).halt()

@@ -131,6 +131,17 @@ impl Agent {
         }
     }
 
+    /// Has the guest do nothing more until the host resets the machine.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn hold(&mut self) -> Result<(), AgentError> {
+        match self.ask(&Request::Hold)? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest reset its machine. The conversation ends with its life.
     ///
     /// # Errors

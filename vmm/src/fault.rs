@@ -22,12 +22,22 @@ pub enum Fault {
     NmiQueued,
     /// RAM behind the agent's image keeps its contents
     RamKept,
+    /// General registers, CR2, CR3, data segments and LDTR stay as they are, but for what the entry point needs
+    RegistersKept,
+    /// Model-specific registers stay as they are, but for those of clocks, counters and KVM's interface
+    MsrsKept,
+    /// The local APIC keeps all but its timer and its NMI pin
+    LapicKept,
+    /// The I/O APIC keeps its entries
+    IoapicKept,
     /// Floating-point and vector registers stay as they are
     FpuKept,
     /// Debug registers stay as they are
     DebugregsKept,
     /// The timer of the local APIC runs on
     LapicTimerLeft,
+    /// The vsock device remembers an event buffer of the earlier life, and fills it in the next
+    EventBuffersStale,
     /// KVM goes on writing its paravirtual clocks and flags into RAM
     PvClockLeft,
 }
@@ -42,9 +52,14 @@ impl Fault {
             Self::NmiAfterReset => "nmi-after-reset",
             Self::NmiQueued => "nmi-queued",
             Self::RamKept => "ram-kept",
+            Self::RegistersKept => "registers-kept",
+            Self::MsrsKept => "msrs-kept",
+            Self::LapicKept => "lapic-kept",
+            Self::IoapicKept => "ioapic-kept",
             Self::FpuKept => "fpu-kept",
             Self::DebugregsKept => "debugregs-kept",
             Self::LapicTimerLeft => "lapic-timer-left",
+            Self::EventBuffersStale => "event-buffers-stale",
             Self::PvClockLeft => "pv-clock-left",
         }
     }
@@ -57,9 +72,14 @@ impl Fault {
         matches!(
             self,
             Self::RamKept
+                | Self::RegistersKept
+                | Self::MsrsKept
+                | Self::LapicKept
+                | Self::IoapicKept
                 | Self::FpuKept
                 | Self::DebugregsKept
                 | Self::LapicTimerLeft
+                | Self::EventBuffersStale
                 | Self::PvClockLeft
         )
     }

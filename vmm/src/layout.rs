@@ -46,8 +46,9 @@ pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// RAM continues here above the legacy hole.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
-/// The agent's image lies below, with everything that it uses as memory.
-pub const AGENT_END: u64 = 16 << 20;
+/// The agent's image lies below, with everything that it uses as memory. A multiple of 2 MiB, so that what is above can have
+/// large pages.
+pub const AGENT_END: u64 = 10 << 20;
 
 /// First serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;

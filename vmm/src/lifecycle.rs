@@ -212,7 +212,13 @@ impl Leader<'_> {
 
     fn reset(&self, agent: &mut Agent, cause: Cause) -> Result<Beginning, Trouble> {
         match guest_reset(cause) {
-            None => self.machine.reset(),
+            None => {
+                if self.plan.poison {
+                    // Registers that the agent needs are poisoned last of all.
+                    agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
+                }
+                self.machine.reset();
+            }
             Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
         }
         match self.machine.next_event(self.plan.timeout) {

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegionError;
@@ -59,6 +59,9 @@ pub enum MemoryError {
     /// The ranges of [`layout::ram_ranges`] were refused.
     #[error("lay out guest memory")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// Mapping the part of the template that is not empty.
+    #[error("map the image into guest memory")]
+    Front(#[source] io::Error),
     /// Going back to the template.
     #[error("drop the private pages of guest memory")]
     Restore(#[source] io::Error),
@@ -143,6 +146,53 @@ impl Memory {
     /// [`MemoryError::Map`] if the address space or the kernel's patience is exhausted.
     pub fn map(template: &Template) -> Result<Self, MemoryError> {
         Ok(Self { ram: map(&template.file, template.bytes, libc::MAP_PRIVATE)? })
+    }
+
+    /// Maps the template privately below the guest address `end`; above, where it is empty, RAM comes from no file: what is only
+    /// read there costs no memory, which a hole of a file does, and what is written comes in large pages where the host has
+    /// them. So a guest that looks at all of it is done in milliseconds. `end` is a multiple of the page size.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] as for [`Memory::map`], or [`MemoryError::Front`].
+    pub fn map_below(template: &Template, end: u64) -> Result<Self, MemoryError> {
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        for (start, len) in layout::ram_ranges(template.bytes) {
+            // The kernel aligns it for large pages, so that KVM can have them too.
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let mapping = MmapRegion::build(None, len as usize, protection, flags)
+                .map_err(MemoryError::Map)?;
+            let front = end.saturating_sub(start).min(len);
+            if front > 0 {
+                let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+                // SAFETY: the range lies in the mapping that was just made, which nobody knows yet and which is unmapped whole,
+                // so nothing else is replaced. The template is sealed: no file contents change under it.
+                let mapped = unsafe {
+                    libc::mmap(
+                        mapping.as_ptr().cast(),
+                        front as usize,
+                        protection,
+                        flags,
+                        template.file.as_raw_fd(),
+                        offset as libc::off_t,
+                    )
+                };
+                if mapped == libc::MAP_FAILED {
+                    return Err(MemoryError::Front(io::Error::last_os_error()));
+                }
+            }
+            if front < len {
+                // SAFETY: the rest of the same mapping.
+                let rest = unsafe { mapping.as_ptr().add(front as usize) }.cast();
+                // SAFETY: advice alone; a kernel without large pages refuses it, and then there are none.
+                unsafe { libc::madvise(rest, (len - front) as usize, libc::MADV_HUGEPAGE) };
+            }
+            // `new` fails only where start + length overflows; `ram_ranges` stays far below.
+            regions.extend(GuestRegionMmap::new(mapping, GuestAddress(start)));
+            offset += len;
+        }
+        Ok(Self { ram: GuestRam::from_regions(regions).map_err(MemoryError::Layout)? })
     }
 
     /// RAM as the devices see it.
@@ -235,6 +285,24 @@ mod tests {
         assert_eq!((read(&memory, 0x2000), &read(&memory, 0x3000)), ([0; 4], b"leak"));
         memory.restore_below(0).unwrap();
         assert_eq!(&read(&memory, 0x3000), b"leak");
+    }
+
+    #[test]
+    fn ram_without_file_is_empty_and_a_restore_empties_it_again() {
+        let template = template_with(b"kern");
+        let mut memory = Memory::map_below(&template, 2 << 20).unwrap();
+        let above = (4 << 20) - 4;
+        assert_eq!((&read(&memory, 0x1000), read(&memory, above)), (b"kern", [0; 4]));
+        for address in [0x1000, (2 << 20) - 4, 2 << 20, above] {
+            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+        }
+        memory.restore_below(2 << 20).unwrap();
+        assert_eq!((read(&memory, (2 << 20) - 4), &read(&memory, above)), ([0; 4], b"leak"));
+        memory.restore().unwrap();
+        assert_eq!(&read(&memory, 0x1000), b"kern");
+        assert_eq!((read(&memory, 2 << 20), read(&memory, above)), ([0; 4], [0; 4]));
+        let whole = Memory::map_below(&template, u64::MAX).unwrap();
+        assert_eq!((&read(&whole, 0x1000), read(&whole, above)), (b"kern", [0; 4]));
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub enum Request {
         /// How long to wait, in ticks of the time stamp counter.
         ticks: u64,
     },
+    /// Reply, then do nothing but wait for the host to reset the machine, with a mark in every register.
+    Hold,
 }
 
 /// What the agent answers.
@@ -74,7 +76,7 @@ pub enum Reply {
     State(Vec<StateReading>),
     /// To [`Request::Poison`].
     Poisoned(Vec<Poisoning>),
-    /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
+    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Hold`].
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),

@@ -13,7 +13,7 @@ use agent_protocol::{
     GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Reply, Report, Request, Timings,
 };
 
-use crate::arch::{gate, port, pvh, records, tsc};
+use crate::arch::{gate, leave, port, pvh, records, tsc};
 use crate::dma;
 use crate::machine_state;
 
@@ -30,6 +30,12 @@ pub struct Agent {
     timings: Timings,
     /// When ring 3 began.
     entered: tsc::Native,
+    /// Events of the vsock device so far: none, unless the machine was restored from somewhere.
+    events: u64,
+    /// Whether this life ends with marks in all registers.
+    poisoned: bool,
+    /// Whether it does nothing more than wait for its end.
+    holds: bool,
 }
 
 impl Agent {
@@ -44,6 +50,9 @@ impl Agent {
             pmu: None,
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
+            events: 0,
+            poisoned: false,
+            holds: false,
         }
     }
 
@@ -99,6 +108,16 @@ impl Agent {
             dma: dma::report(),
             timings,
         }
+    }
+
+    /// Whether nothing is left to do but [`Agent::hold`]; what was said before should be sent first.
+    pub fn must_hold(&self) -> bool {
+        self.holds
+    }
+
+    /// Waits for the host to reset the machine, with marks in all registers.
+    pub fn hold(&self) -> ! {
+        leave::to_host()
     }
 
     /// Powers the machine off, or halts where nobody said how.
@@ -159,8 +178,18 @@ impl Agent {
         delivered
     }
 
-    /// Comes back only if the reset did not happen.
+    /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
+        if self.poisoned {
+            machine_state::last_poison();
+            match (reset, self.params.acpi_reset) {
+                (GuestReset::I8042, _) => leave::by_port(0x64, 0xfe),
+                (GuestReset::Cf9, _) => leave::by_port(0xcf9, 0x06),
+                (GuestReset::Triple, _) => leave::by_triple_fault(),
+                (GuestReset::Acpi, Some(PortWrite { port, value })) => leave::by_port(port, value),
+                (GuestReset::Acpi, None) => {}
+            }
+        }
         match reset {
             GuestReset::I8042 => port::write(0x64, 0xfe),
             GuestReset::Cf9 => port::write(0xcf9, 0x06),
@@ -190,8 +219,16 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => Reply::State(machine_state::read()),
-            Request::Poison => Reply::Poisoned(machine_state::poison()),
+            Request::GetState => Reply::State(machine_state::read(&self.params, self.events)),
+            Request::Poison => {
+                self.poisoned = true;
+                Reply::Poisoned(machine_state::poison(&self.params))
+            }
+            Request::Hold => {
+                machine_state::last_poison();
+                self.holds = true;
+                Reply::Done
+            }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();
                 while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {
@@ -200,6 +237,10 @@ impl Answer for Agent {
                 Reply::Done
             }
         })
+    }
+
+    fn note_event(&mut self) {
+        self.events += 1;
     }
 
     fn warn(&mut self, text: String) {

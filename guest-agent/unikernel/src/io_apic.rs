@@ -1,5 +1,7 @@
 //! The I/O APIC (82093AA): routes a device's pin to the device vector, edge-triggered, to the boot CPU.
 
+use alloc::vec::Vec;
+
 use crate::arch::gate;
 use crate::arch::mmio::{Access, RegisterAddress, Registers};
 use crate::arch::nucleus::DEVICE_VECTOR;
@@ -9,31 +11,35 @@ const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
 /// First redirection entry, two registers each.
 const REDIRECTION: u32 = 0x10;
-const PINS: u8 = 24;
+/// How many there are.
+pub const PINS: u8 = 24;
 
-/// The redirection entry of a pin; `None` without an I/O APIC or such a pin.
-pub fn redirection(pin: u8) -> Option<u64> {
-    let (select, window, entry) = entry(pin)?;
-    let mut accesses = [
-        Access::write(select, entry),
-        Access::read(window),
-        Access::write(select, entry + 1),
-        Access::read(window),
-    ];
-    gate::access_registers(&mut accesses);
-    let [_, low, _, high] = accesses;
-    Some(u64::from(high.value()) << 32 | u64::from(low.value()))
+/// So many pins go into one batch of accesses.
+const BATCH: usize = 8;
+
+/// The lower halves of the redirection entries of these pins: vector, mode and mask. None without an I/O APIC.
+pub fn redirections(pins: &[u8]) -> Vec<Option<u32>> {
+    let mut halves = Vec::new();
+    for pins in pins.chunks(BATCH) {
+        let read = |(select, window, entry)| [Access::write(select, entry), Access::read(window)];
+        let mut accesses: Vec<_> =
+            pins.iter().filter_map(|pin| entry(*pin)).flat_map(read).collect();
+        gate::access_registers(&mut accesses);
+        let read: Vec<_> = accesses.iter().skip(1).step_by(2).map(Access::value).collect();
+        halves.extend((0..pins.len()).map(|at| read.get(at).copied()));
+    }
+    halves
 }
 
-/// Writes the redirection entry of a pin, lower half first: it should mask the pin.
-pub fn set_redirection(pin: u8, value: u64) {
-    let Some((select, window, entry)) = entry(pin) else { return };
-    gate::access_registers(&mut [
-        Access::write(select, entry),
-        Access::write(window, value as u32),
-        Access::write(select, entry + 1),
-        Access::write(window, (value >> 32) as u32),
-    ]);
+/// Writes the lower halves of the redirection entries of these pins; `half` should mask them.
+pub fn set_redirections(pins: &[u8], half: u32) {
+    for pins in pins.chunks(BATCH) {
+        let write =
+            |(select, window, entry)| [Access::write(select, entry), Access::write(window, half)];
+        let mut accesses: Vec<_> =
+            pins.iter().filter_map(|pin| entry(*pin)).flat_map(write).collect();
+        gate::access_registers(&mut accesses);
+    }
 }
 
 /// Addresses of the two registers, and the number of a pin's entry.

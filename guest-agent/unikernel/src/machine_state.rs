@@ -4,12 +4,16 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use agent::params::Params;
 use agent::residue;
 use agent_protocol::{Poisoning, StateReading};
 
-use crate::arch::fpu::{self, Fpu};
-use crate::arch::gate::{self, CpuMsrs, DebugRegisters};
+use crate::arch::first_look;
+use crate::arch::fpu::{self, Extended, Fpu};
+use crate::arch::gate::{self, CpuMsrs, DebugRegisters, SystemRegisters};
+use crate::arch::leave::MARK;
 use crate::arch::ram;
+use crate::dma::pools::EVENTS;
 use crate::io_apic;
 
 const DEBUG_NAMES: [&str; 6] = ["dr0", "dr1", "dr2", "dr3", "dr6", "dr7"];
@@ -17,49 +21,156 @@ const DEBUG_NAMES: [&str; 6] = ["dr0", "dr1", "dr2", "dr3", "dr6", "dr7"];
 const DEBUG_POISON: DebugRegisters =
     [0x1eaf_0000, 0x1eaf_1000, 0x1eaf_2000, 0x1eaf_3000, 0xffff_0ff1, 0x1_0400];
 
-/// A pin that no device has, and a masked interrupt for it.
-const IO_APIC_PIN: u8 = 20;
-const IO_APIC_NAME: &str = "ioapic.pin20";
-const IO_APIC_POISON: u64 = 0x0100_0000_0001_00f5;
+/// A masked interrupt, for pins that the agent does not use.
+const IO_APIC_POISON: u32 = 0x1_00f5;
 
+const EVENTS_NAME: &str = "vsock.events";
 const RAM_NAME: &str = "ram.pages";
+const RAM_BEYOND_NAME: &str = "ram.above_1gib";
 
-/// What has a value at first that the agent did not give it. The floating-point unit was saved before anything used it,
-/// and the agent uses nothing else of all this.
-pub fn read() -> Vec<StateReading> {
+/// An address of nothing.
+const CR2_POISON: u64 = 0x1eaf_4000;
+
+/// What has a value at first that the agent did not give it. What the way here changes was saved before, and the agent uses
+/// nothing else of all this.
+/// `events` are those that the vsock device has sent.
+pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
     let mut readings = residue::read(&mut CpuMsrs);
     let mut add = |item: String, value| readings.push(StateReading { item, value });
+    for (name, value) in first_look::GENERAL.into_iter().zip(first_look::general()) {
+        add(name.into(), Some(value));
+    }
+    for (name, value) in first_look::EARLY.into_iter().zip(first_look::early().unwrap_or_default())
+    {
+        add(name.into(), Some(value));
+    }
     for (name, value) in fpu_items(&fpu::early()) {
+        add(name, Some(value));
+    }
+    for (name, value) in fpu::extended().iter().flat_map(extended_items) {
         add(name, Some(value));
     }
     for (name, value) in DEBUG_NAMES.into_iter().zip(gate::debug_registers()) {
         add(name.into(), Some(value));
     }
-    add(IO_APIC_NAME.into(), io_apic::redirection(IO_APIC_PIN));
+    let pins = free_pins(params);
+    for (pin, half) in pins.iter().zip(io_apic::redirections(&pins)) {
+        add(pin_name(*pin), half.map(u64::from));
+    }
+    add(EVENTS_NAME.into(), Some(events));
     add(RAM_NAME.into(), Some(ram::dirty_pages()));
     readings
 }
 
-/// Gives everything another value than it has after a reset. The floating-point unit comes last.
-pub fn poison() -> Vec<Poisoning> {
+/// Gives everything another value than it has after a reset. What the agent itself needs gets it in [`last_poison`] and when
+/// it leaves, but is promised here.
+pub fn poison(params: &Params) -> Vec<Poisoning> {
+    gate::poison_system_registers(CR2_POISON);
     let mut poisonings = residue::poison(ram::scratch(), &mut CpuMsrs);
     let mut add = |item: String, result| poisonings.push(Poisoning { item, result });
-    for (name, why) in residue::NOT_POISONABLE {
-        add(name.into(), Err(why.into()));
+    for name in first_look::GENERAL {
+        add(name.into(), Ok(mark_of(name)));
+    }
+    let looked = first_look::early().is_some();
+    for name in first_look::EARLY {
+        let held = match (looked, name) {
+            (false, _) => Err("the command line does not begin with look=first".into()),
+            (true, "seg.cs") => {
+                Err("the entry point has the selector of the agent's ring 0".into())
+            }
+            (true, name) => Ok(live_value(name)),
+        };
+        add(name.into(), held);
     }
     gate::set_debug_registers(&DEBUG_POISON);
     let held = gate::debug_registers();
     for ((name, poison), held) in DEBUG_NAMES.into_iter().zip(DEBUG_POISON).zip(held) {
         add(name.into(), held_or_not(poison, Some(held)));
     }
-    io_apic::set_redirection(IO_APIC_PIN, IO_APIC_POISON);
-    add(IO_APIC_NAME.into(), held_or_not(IO_APIC_POISON, io_apic::redirection(IO_APIC_PIN)));
+    let pins = free_pins(params);
+    io_apic::set_redirections(&pins, IO_APIC_POISON);
+    for (pin, half) in pins.iter().zip(io_apic::redirections(&pins)) {
+        add(pin_name(*pin), held_or_not(IO_APIC_POISON.into(), half.map(u64::from)));
+    }
+    for pin in params.devices().map(|device| device.irq) {
+        add(pin_name(pin), Err("a device of the agent's uses it".into()));
+    }
+    // Buffers that wait for the device: a reset has to let go of them, or they are filled in the next life.
+    add(EVENTS_NAME.into(), Ok(EVENTS as u64));
     let stamped = ram::stamp();
     add(RAM_NAME.into(), held_or_not(stamped.max(1), Some(ram::dirty_pages())));
+    if ram::reaches_beyond_map() {
+        add(RAM_BEYOND_NAME.into(), Err("the agent maps 1 GiB of RAM".into()));
+    }
+    match fpu::poison_extended() {
+        Some(extended) => {
+            extended_items(&extended).into_iter().for_each(|(name, value)| add(name, Ok(value)));
+        }
+        None => add("fpu.xcr0_bytes".into(), Err("the processor has no AVX".into())),
+    }
     for (name, value) in fpu_items(&fpu::poison()) {
         add(name, Ok(value));
     }
     poisonings
+}
+
+/// What would disturb the agent if it was done earlier: an interrupt that stays in service.
+pub fn last_poison() {
+    residue::keep_in_service(&mut CpuMsrs);
+}
+
+/// What a general register holds when a poisoned life ends; in RAX and RDX there is what the reset needs as well.
+fn mark_of(name: &str) -> u64 {
+    let number = match name.rsplit_once('.').map_or("", |(_, register)| register) {
+        "eax" => 0,
+        "ecx" => 1,
+        "edx" => 2,
+        "rbx" => 3,
+        "esp" => 4,
+        "rbp" => 5,
+        "rsi" => 6,
+        "rdi" => 7,
+        numbered => numbered[1..].parse().unwrap_or(0),
+    };
+    MARK + number
+}
+
+/// What a register of [`first_look::EARLY`] holds from now on, most of them because the agent runs with that.
+fn live_value(name: &str) -> u64 {
+    /// Of ring 3; ring 0 has none.
+    const USER_DATA: u64 = 0x2b;
+    const X2APIC_BASE: u32 = 0x1b;
+    const EFER: u32 = 0xc000_0080;
+    const SPURIOUS_VECTOR: u32 = 0x80f;
+    let system = SystemRegisters::read();
+    let msr = |index| residue::read_one(index, &mut CpuMsrs).unwrap_or(0);
+    match name {
+        "seg.ss" => USER_DATA,
+        "seg.ds" => system.data[0].into(),
+        "seg.es" => system.data[1].into(),
+        "seg.fs" => system.data[2].into(),
+        "seg.gs" => system.data[3].into(),
+        "seg.ldtr" => system.local_table.into(),
+        "seg.tr" => system.task.into(),
+        "seg.gdt_base" => system.global_table(),
+        "seg.idt_base" => system.interrupt_table(),
+        "cr.cr0" => system.control[0],
+        "cr.cr2" => system.control[1],
+        "cr.cr3" => system.control[2],
+        "cr.cr4" => system.control[3],
+        "cr.efer" => msr(EFER),
+        "lapic.base" => msr(X2APIC_BASE),
+        "lapic.spurious_vector" => msr(SPURIOUS_VECTOR),
+        general => mark_of(general) & 0xffff_ffff,
+    }
+}
+
+fn free_pins(params: &Params) -> Vec<u8> {
+    (0..io_apic::PINS).filter(|pin| params.devices().all(|device| device.irq != *pin)).collect()
+}
+
+fn pin_name(pin: u8) -> String {
+    format!("ioapic.pin{pin}")
 }
 
 fn held_or_not(poison: u64, held: Option<u64>) -> Result<u64, String> {
@@ -73,8 +184,20 @@ fn held_or_not(poison: u64, held: Option<u64>) -> Result<u64, String> {
 fn fpu_items(fpu: &Fpu) -> Vec<(String, u64)> {
     let mut items = alloc::vec![
         (String::from("fpu.control"), fpu.control),
+        (String::from("fpu.tags"), fpu.tags),
         (String::from("fpu.mxcsr"), fpu.mxcsr),
     ];
-    items.extend((8..).zip(fpu.xmm).map(|(number, value)| (format!("fpu.xmm{number}"), value)));
+    items.extend(numbered("fpu.st", &fpu.x87));
+    items.extend(numbered("fpu.xmm", &fpu.xmm));
     items
+}
+
+fn extended_items(extended: &Extended) -> Vec<(String, u64)> {
+    let mut items = alloc::vec![(String::from("fpu.xcr0_bytes"), extended.enabled_bytes)];
+    items.extend(numbered("fpu.ymm", &extended.ymm));
+    items
+}
+
+fn numbered<'a>(name: &'a str, values: &'a [u64]) -> impl Iterator<Item = (String, u64)> + 'a {
+    values.iter().enumerate().map(move |(number, value)| (format!("{name}{number}"), *value))
 }

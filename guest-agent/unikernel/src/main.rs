@@ -91,6 +91,9 @@ fn serve(mut device: VsockDevice, mut agent: Agent) -> ! {
             agent.log(Level::Error, "virtio_vsock: the device broke a ring".into());
             report_on_serial(&mut agent);
         }
+        if agent.must_hold() {
+            agent.hold();
+        }
         device.wait();
     }
 }

@@ -25,7 +25,7 @@ const fn register(name: &'static str, index: u32, poison: u64) -> Register {
 /// Registers that the agent itself does not use, with values that leave it unharmed: addresses of nothing, memory types
 /// that are WB anyway, interrupts that are masked (AMD APM volume 2, appendix A; Intel SDM volume 4; for the local APIC in
 /// x2APIC mode Intel SDM volume 3, table "Local APIC Register Address Map Supported by x2APIC").
-const REGISTERS: [Register; 30] = [
+const REGISTERS: [Register; 46] = [
     register("msr.sysenter_cs", 0x174, 0x1ea8),
     register("msr.sysenter_esp", 0x175, MARK),
     register("msr.sysenter_eip", 0x176, MARK),
@@ -42,7 +42,20 @@ const REGISTERS: [Register; 30] = [
     register("msr.syscall_mask", 0xc000_0084, 0x1eaf),
     register("msr.kernel_gs_base", 0xc000_0102, MARK),
     register("msr.tsc_aux", 0xc000_0103, 0x1eaf),
-    register("lapic.tpr", 0x808, 0x10),
+    // Some microseconds, by which the agent's own clock moves as well.
+    register("msr.tsc_adjust", 0x3b, 0x1000),
+    register("msr.mtrr_base7", 0x20e, 0x1eb0_0006),
+    register("msr.mtrr_mask7", 0x20f, 0xfff0_0800),
+    register("msr.mtrr_fix16k", 0x258, 0x0606_0606_0606_0606),
+    register("msr.mtrr_fix4k", 0x268, 0x0606_0606_0606_0606),
+    register("msr.mcg_status", 0x17a, 0x4),
+    register("msr.mc0_ctl", 0x400, u64::MAX),
+    register("msr.umwait_control", 0xe1, 0x1eac),
+    register("msr.hwcr", 0xc001_0015, 1 << 18),
+    register("msr.vm_hsave_pa", 0xc001_0117, MARK),
+    register("seg.fs_base", 0xc000_0100, MARK),
+    register("seg.gs_base", 0xc000_0101, MARK),
+    register("lapic.tpr", 0x808, 0x20),
     register("lapic.lvt_thermal", 0x833, 0x100f1),
     register("lapic.lvt_lint0", 0x835, 0x100f2),
     register("lapic.lvt_lint1", 0x836, 0x10400),
@@ -59,13 +72,44 @@ const REGISTERS: [Register; 30] = [
     register("pv.async_pf", 0x4b56_4d02, 1),
     register("pv.steal_time", 0x4b56_4d03, 1),
     register("pv.eoi", 0x4b56_4d04, 1),
+    register("pv.async_pf_interrupt", 0x4b56_4d06, 0xf5),
+    // With the priority above it stays requested: vector 33, sent to itself.
+    register("lapic.icr", X2APIC_ICR, 0x4_4021),
+    // Only looked at: these show the request, and the vector in service that `keep_in_service` sends.
+    register(REQUESTED, X2APIC_IRR_1, 1 << 1),
+    register(IN_SERVICE, X2APIC_ISR_1, 1 << 16),
 ];
 
-/// What cannot be poisoned by any agent of this kind, with the reason.
-pub const NOT_POISONABLE: [(&str, &str); 2] = [
-    ("xcr0", "the agent leaves CR4.OSXSAVE clear"),
-    ("msr.tsc_adjust", "the agent's own clock would move"),
-];
+const X2APIC_EOI: u32 = 0x80b;
+const X2APIC_ISR_1: u32 = 0x811;
+const X2APIC_ICR: u32 = 0x830;
+const X2APIC_IRR_1: u32 = 0x821;
+const REQUESTED: &str = "lapic.irr1";
+const IN_SERVICE: &str = "lapic.isr1";
+
+/// Has vector 48 be in service from now on. Returns whether it is.
+pub fn keep_in_service(msrs: &mut impl Msrs) -> bool {
+    /// Fixed, to itself; its priority is above that of [`REGISTERS`].
+    const VECTOR_48: u64 = 0x4_4030;
+    let mut send = [MsrOperation::write(X2APIC_ICR, VECTOR_48)];
+    msrs.run(&mut send);
+    let mut look = [MsrOperation::read(X2APIC_ISR_1)];
+    msrs.run(&mut look);
+    look[0].result().is_some_and(|bits| bits & 1 << 16 != 0)
+}
+
+/// Tries that, and undoes it: until the last moment the agent wants to be interrupted, and ends interrupts of its own.
+fn try_in_service(msrs: &mut impl Msrs) -> Result<u64, String> {
+    let kept = keep_in_service(msrs);
+    if kept {
+        msrs.run(&mut [MsrOperation::write(X2APIC_EOI, 0)]);
+    }
+    // What is requested is shown by its own item, with the command that requests it.
+    match kept {
+        true => Ok(1 << 16),
+        false => Err("vector 48 does not stay in service on this local APIC".into()),
+    }
+}
 
 impl Register {
     /// With an address of 64 bytes for each of the structures that KVM writes.
@@ -79,6 +123,13 @@ impl Register {
 
 /// Bytes that the structures take which KVM writes, aligned to 64.
 pub const SCRATCH_BYTES: usize = 5 * 64;
+
+/// Reads any register.
+pub fn read_one(index: u32, msrs: &mut impl Msrs) -> Option<u64> {
+    let mut operation = [MsrOperation::read(index)];
+    msrs.run(&mut operation);
+    operation[0].result()
+}
 
 /// Reads every register.
 pub fn read(msrs: &mut impl Msrs) -> Vec<StateReading> {
@@ -94,15 +145,22 @@ pub fn read(msrs: &mut impl Msrs) -> Vec<StateReading> {
 /// Poisons every register; `scratch` is the address of [`SCRATCH_BYTES`] that nobody uses, in this life or the next.
 pub fn poison(scratch: u64, msrs: &mut impl Msrs) -> Vec<Poisoning> {
     let value = |register: &Register| register.poison(scratch);
-    let mut writes: Vec<_> =
-        REGISTERS.iter().map(|r| MsrOperation::write(r.index, value(r))).collect();
+    let in_service = try_in_service(msrs);
+    let operation = |r: &Register| match r.name {
+        REQUESTED | IN_SERVICE => MsrOperation::read(r.index),
+        _ => MsrOperation::write(r.index, value(r)),
+    };
+    let mut writes: Vec<_> = REGISTERS.iter().map(operation).collect();
     msrs.run(&mut writes);
     let held = read(msrs);
     let result =
         |(register, (write, held)): (&Register, (&MsrOperation, StateReading))| Poisoning {
             item: register.name.into(),
             result: match held.value {
+                _ if register.name == IN_SERVICE => in_service.clone(),
                 _ if write.faulted != 0 => Err(String::from("the write faults")),
+                // Other vectors of the same word belong to the machine.
+                Some(held) if register.name == REQUESTED && held & value(register) != 0 => Ok(held),
                 Some(held) if held == value(register) => Ok(held),
                 Some(held) => {
                     Err(format!("it holds {held:#x} after a write of {:#x}", value(register)))
@@ -131,6 +189,16 @@ mod tests {
             for operation in operations {
                 match (operation.index, operation.write) {
                     (FAULTS, _) => operation.faulted = 1,
+                    (X2APIC_ICR, 1) => {
+                        // Requested below the priority, else in service at once.
+                        let vector = operation.value & 0xff;
+                        let word = if vector < 48 { X2APIC_IRR_1 } else { X2APIC_ISR_1 };
+                        *self.0.entry(word).or_default() |= 1 << (vector % 32);
+                        self.0.insert(X2APIC_ICR, operation.value);
+                    }
+                    (X2APIC_EOI, 1) => {
+                        self.0.remove(&X2APIC_ISR_1);
+                    }
                     (index, 0) => operation.value = self.0.get(&index).copied().unwrap_or(0),
                     (HOLDS_NOTHING, _) => {}
                     (index, _) => {
@@ -152,6 +220,10 @@ mod tests {
             assert_eq!(register.name, item);
             match register.index {
                 FAULTS => assert_eq!(result.as_ref().unwrap_err(), "the write faults"),
+                X2APIC_ISR_1 => {
+                    assert_eq!(result, &Ok(1 << 16));
+                    assert!(!msrs.0.contains_key(&X2APIC_ISR_1), "ended until the last moment");
+                }
                 HOLDS_NOTHING => assert!(result.as_ref().unwrap_err().contains("it holds 0x0")),
                 index => assert_eq!(result.as_ref().unwrap(), &msrs.0[&index]),
             }
@@ -162,9 +234,13 @@ mod tests {
     fn what_was_poisoned_is_read_back_under_the_same_name() {
         let mut msrs = FakeMsrs::default();
         let poisoned = poison(0x20_0000, &mut msrs);
-        for (reading, poisoning) in read(&mut msrs).iter().zip(&poisoned) {
+        let readings = read(&mut msrs);
+        for (reading, poisoning) in readings.iter().zip(&poisoned) {
             assert_eq!(reading.item, poisoning.item);
-            if let Ok(value) = poisoning.result {
+            if reading.item == IN_SERVICE {
+                assert_eq!(reading.value, Some(0));
+                assert!(keep_in_service(&mut msrs));
+            } else if let Ok(value) = poisoning.result {
                 assert_eq!(reading.value, Some(value), "{}", reading.item);
             }
         }

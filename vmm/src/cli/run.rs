@@ -98,7 +98,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
 
-    /// Put this in front of the guest's command line
+    /// Add this to the end of the guest's command line
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
 
@@ -162,6 +162,7 @@ impl Arguments {
             pmu: self.pmu,
             pmu_shape: self.pmu_shape()?,
             pmu_seed: self.pmu_seed.unwrap_or(0),
+            looks_first: self.poison,
             faults: self.faults()?,
             reset_policy,
             console,

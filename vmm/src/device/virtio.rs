@@ -1,6 +1,7 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
 pub mod mmio;
+pub mod stale;
 
 use std::fmt;
 use std::os::fd::RawFd;

@@ -46,6 +46,11 @@ const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// Queues (virtio 1.2, section 5.10.2). The third carries events, of which there are none yet.
 const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
 
+/// Number of the queue for events.
+pub const EVENT_QUEUE: usize = 2;
+/// The event `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (section 5.10.6.7).
+pub const TRANSPORT_RESET: [u8; 4] = [0; 4];
+
 /// How long a guest may take to answer a request or a shutdown, and a client to finish its line.
 const PATIENCE: Duration = Duration::from_secs(5);
 

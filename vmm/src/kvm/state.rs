@@ -170,12 +170,17 @@ impl PowerOnState {
         write_msrs(vcpu, &self.leave_vmx)?;
         // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
         // leaves a nested guest of AMD's kind.
-        vcpu.set_sregs(&self.sregs).map_err(KvmError::request("put back the system registers"))?;
-        if does(Fault::LapicTimerLeft) {
-            vcpu.set_lapic(&self.lapic).map_err(KvmError::request("put back the local APIC"))?;
-        } else {
-            lapic_timer_left(vcpu, self.lapic)?;
-        }
+        // Before CR8, which comes with the system registers, changes the priority.
+        let lapic = match does(Fault::LapicTimerLeft) && does(Fault::LapicKept) {
+            true => self.lapic,
+            false => lapic_left(vcpu, self.lapic, &self.faults)?,
+        };
+        let (regs, sregs) = match self.faults.has(Fault::RegistersKept) {
+            true => registers_kept(vcpu, (self.regs, self.sregs))?,
+            false => (self.regs, self.sregs),
+        };
+        vcpu.set_sregs(&sregs).map_err(KvmError::request("put back the system registers"))?;
+        vcpu.set_lapic(&lapic).map_err(KvmError::request("put back the local APIC"))?;
         if does(Fault::FpuKept) {
             // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is
             // enabled for this process, so the state is no longer than the structure.
@@ -187,13 +192,15 @@ impl PowerOnState {
             vcpu.set_debug_regs(&self.debug_regs)
                 .map_err(KvmError::request("put back the debug registers"))?;
         }
-        write_msrs(vcpu, &self.msrs)?;
+        if does(Fault::MsrsKept) {
+            write_msrs(vcpu, &self.msrs)?;
+        }
         // The deadline needs the APIC's timer mode, so after the APIC.
         tsc.apply(vcpu)?;
         write_msrs(vcpu, &self.deadline)?;
         write_msrs(vcpu, &self.pmu)?;
         // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
-        vcpu.set_regs(&self.regs).map_err(KvmError::request("put back the registers"))?;
+        vcpu.set_regs(&regs).map_err(KvmError::request("put back the registers"))?;
         if does(Fault::NmiQueued) {
             vcpu.set_vcpu_events(&self.events)
                 .map_err(KvmError::request("cancel queued events"))?;
@@ -202,16 +209,45 @@ impl PowerOnState {
     }
 }
 
-/// Puts back the local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]).
-fn lapic_timer_left(vcpu: &VcpuFd, mut reset: kvm_lapic_state) -> Result<(), KvmError> {
+/// Registers at power-on except for those that a guest can have on its own ([`Fault::RegistersKept`]): what the entry
+/// point promises is as it should be, or there would be no next life to tell of it.
+fn registers_kept(
+    vcpu: &VcpuFd,
+    (reset, mut sregs): (kvm_regs, kvm_sregs),
+) -> Result<(kvm_regs, kvm_sregs), KvmError> {
+    let left = vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?;
+    (sregs.cr2, sregs.cr3, sregs.ldt) = (left.cr2, left.cr3, left.ldt);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (left.ds, left.es, left.fs, left.gs);
+    let left = vcpu.get_regs().map_err(KvmError::request("get the registers"))?;
+    let kvm_regs { rip, rflags, rbx, .. } = reset;
+    Ok((kvm_regs { rip, rflags, rbx, ..left }, sregs))
+}
+
+/// The local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]) or for all but those, its NMI pin
+/// and its names ([`Fault::LapicKept`]).
+fn lapic_left(
+    vcpu: &VcpuFd,
+    mut reset: kvm_lapic_state,
+    faults: &Faults,
+) -> Result<kvm_lapic_state, KvmError> {
     /// LVT entry, initial count, divide configuration; 32 bits each.
     const TIMER: [usize; 3] = [0x320, 0x380, 0x3e0];
+    /// Whose form depends on the mode: number, logical destination and its format.
+    const NAMES: [usize; 3] = [0x20, 0xd0, 0xe0];
+    const NMI_PIN: usize = 0x360;
     let left = vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?;
-    for register in TIMER {
+    for register in (0..reset.regs.len()).step_by(0x10) {
+        let fault = match register {
+            other if other == NMI_PIN || NAMES.contains(&other) => continue,
+            timer if TIMER.contains(&timer) => Fault::LapicTimerLeft,
+            _ => Fault::LapicKept,
+        };
         let bytes = register..register + 4;
-        reset.regs[bytes.clone()].copy_from_slice(&left.regs[bytes]);
+        if faults.has(fault) {
+            reset.regs[bytes.clone()].copy_from_slice(&left.regs[bytes]);
+        }
     }
-    vcpu.set_lapic(&reset).map_err(KvmError::request("put back the local APIC"))
+    Ok(reset)
 }
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {

@@ -14,7 +14,7 @@ use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
     Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
 };
-use crate::boot::{self, Image};
+use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, Shared};
 use crate::device;
 use crate::device::console::Console;
@@ -169,7 +169,10 @@ fn build_vm(
     let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) =
         Template::build(config.mem_mib << 20, |ram| boot::load(ram, image, &command_line, vcpus))?;
-    let memory = Memory::map(&template)?;
+    let memory = match config.payload {
+        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Memory::map(&template)?,
+    };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })
 }

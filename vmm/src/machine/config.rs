@@ -48,6 +48,8 @@ pub struct Config {
     pub pmu_shape: Shape,
     /// How often their events happen; see [`crate::device::pmu::Pmu::new`].
     pub pmu_seed: u64,
+    /// Whether its agent looks at all registers before anything else, for the residue check.
+    pub looks_first: bool,
     /// What its resets leave out.
     pub faults: Faults,
     /// What to do when the guest asks for a reset.
@@ -95,7 +97,12 @@ impl Config {
     /// machine and turns it off, and which life it is; the user's words last, as Linux wants what follows `--`.
     pub(super) fn command_line(&self, life: u32, cause: Cause) -> String {
         let (base, pin) = (layout::VIRTIO_MMIO_BASE, layout::VIRTIO_PIN);
-        let mut words = vec![format!("virtio_mmio.device=4K@{base:#x}:{pin}")];
+        let mut words = Vec::new();
+        if self.looks_first {
+            // At the very beginning, where the first instructions can find it.
+            words.push("look=first".into());
+        }
+        words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
         if matches!(self.payload, Payload::Agent) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
@@ -111,7 +118,7 @@ impl Config {
     /// Refuses to leave RAM as it is where there is none besides the agent's.
     pub(super) fn check_faults(&self) -> Result<(), FaultError> {
         match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
-            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 16")),
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 10")),
             false => Ok(()),
         }
     }

@@ -8,7 +8,8 @@ use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::Shared;
-use crate::fault::Fault;
+use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
+use crate::fault::{Fault, Faults};
 use crate::layout;
 
 impl Machine {
@@ -22,7 +23,10 @@ impl Machine {
         self.park_vcpus();
         self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
-        self.devices.reset();
+        let stale_event = self.config.faults.has(Fault::EventBuffersStale);
+        let stale_event =
+            stale_event.then(|| lock(&self.devices.vsock).oldest_request(EVENT_QUEUE)).flatten();
+        self.devices.reset(&self.config.faults);
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
         let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
         if self.config.faults.has(Fault::NmiQueued) {
@@ -40,6 +44,9 @@ impl Machine {
             self.memory.restore_below(layout::AGENT_END)?;
         } else {
             self.memory.restore()?;
+        }
+        if let Some(event) = stale_event {
+            event.complete(self.memory.ram(), &TRANSPORT_RESET);
         }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
@@ -67,12 +74,14 @@ impl Machine {
 
 impl Devices {
     /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
-    fn reset(&self) {
+    fn reset(&self, faults: &Faults) {
         lock(&self.vsock).reset();
         lock(&self.console).reset();
         lock(&self.nmi_status).reset();
         *lock(&self.reset_control) = Default::default();
-        self.ioapic.reset();
+        if !faults.has(Fault::IoapicKept) {
+            self.ioapic.reset();
+        }
     }
 }
 

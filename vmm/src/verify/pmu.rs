@@ -1,6 +1,8 @@
 //! What the counters say about a reset. The agent read every register before anything wrote to one, so each has to hold
 //! what the architecture promises after a reset; which of them do not tells what the reset left out.
 
+use std::collections::BTreeMap;
+
 use agent_protocol::{MsrReading, PmuStatus, Report};
 
 use super::Add;
@@ -85,8 +87,8 @@ pub(super) fn check(policy: PmuPolicy, life: u32, report: &Report, add: &mut Add
 
 /// Registers that a reset should have cleared. Which of them it left alone tells what it does not do.
 fn check_leftovers(life: u32, report: &Report, add: &mut Add) {
-    let left: Vec<_> =
-        report.pmu.msrs.iter().filter(|msr| !is_reset(msr, count_of_counters(report))).collect();
+    let counters = count_of_counters(report);
+    let left: Vec<_> = report.pmu.msrs.iter().filter(|msr| !is_reset(msr, counters)).collect();
     if let (1, false) = (life, left.is_empty()) {
         return add("pmu-residue", format!("at power-on {}", in_words(&left)));
     }
@@ -147,9 +149,13 @@ fn running(msr: &MsrReading) -> Option<u64> {
 
 /// What the counters showed that were found running with an interrupt at their overflow.
 fn interrupting(report: &Report) -> impl Iterator<Item = u64> + '_ {
-    let value = |index| report.pmu.msrs.iter().find(|msr| msr.index == index)?.value;
+    // For looking up: a guest decides how many there are.
+    let values: BTreeMap<_, _> =
+        report.pmu.msrs.iter().rev().filter_map(|msr| Some((msr.index, msr.value?))).collect();
     report.pmu.msrs.iter().filter_map(move |msr| match Register::of(msr.index) {
-        Register::Select { counter } if running(msr)? & INTERRUPT != 0 => value(counter),
+        Register::Select { counter } if running(msr)? & INTERRUPT != 0 => {
+            values.get(&counter).copied()
+        }
         _ => None,
     })
 }

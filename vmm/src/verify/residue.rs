@@ -1,6 +1,6 @@
 //! The residue check: state that was poisoned before a reset, compared item by item with what it was at power-on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use agent_protocol::{Poisoning, StateReading};
 use serde::Serialize;
@@ -48,7 +48,13 @@ pub fn compare(
             Ok(_) => Outcome::Reset,
         }
     };
-    poisoned.iter().map(|p| Residue { item: p.item.clone(), outcome: outcome(p) }).collect()
+    let tried: BTreeSet<_> = poisoned.iter().map(|poisoning| poisoning.item.as_str()).collect();
+    let forgotten = power_on.keys().filter(|item| !tried.contains(**item)).map(|item| Residue {
+        item: (*item).into(),
+        outcome: Outcome::NotPoisonable("the agent did not try".into()),
+    });
+    let each = |p: &Poisoning| Residue { item: p.item.clone(), outcome: outcome(p) };
+    poisoned.iter().map(each).chain(forgotten).collect()
 }
 
 /// For looking up: a guest decides how many there are.
@@ -59,11 +65,16 @@ fn by_item(readings: &[StateReading]) -> BTreeMap<&str, Option<u64>> {
 /// The finding for an item: what a reset does not do if the item was left.
 fn finding(item: &str) -> &'static str {
     match item.split_once('.').map_or(item, |(group, _)| group) {
+        "reg" | "seg" | "cr" => "registers-kept",
         "fpu" => "fpu-kept",
         "dr0" | "dr1" | "dr2" | "dr3" | "dr6" | "dr7" => "debugregs-kept",
         "ram" => "ram-kept",
         "pv" => "pv-clock-left",
         "lapic" if item.starts_with("lapic.timer") => "lapic-timer-left",
+        "lapic" => "lapic-kept",
+        "vsock" => "event-buffers-stale",
+        "msr" => "msrs-kept",
+        "ioapic" => "ioapic-kept",
         _ => "state-left",
     }
 }
@@ -111,6 +122,13 @@ mod tests {
     }
 
     #[test]
+    fn an_item_that_the_agent_forgot_is_told() {
+        let residue = compare(&[reading("dr0", Some(0))], &[], &[reading("dr0", Some(0))]);
+        let expected = Outcome::NotPoisonable("the agent did not try".into());
+        assert_eq!(residue, [Residue { item: "dr0".into(), outcome: expected }]);
+    }
+
+    #[test]
     fn items_that_are_left_make_one_finding_of_each_name() {
         let left = |item: &str| Residue { item: item.into(), outcome: Outcome::Left(Some(0x1eaf)) };
         let reset = Residue { item: "fpu.mxcsr".into(), outcome: Outcome::Reset };
@@ -119,8 +137,8 @@ mod tests {
         check(&residue, &mut |name, detail| found.push((name, detail)));
         let expected = [
             ("debugregs-kept", "the reset left dr7 is 1eaf, dr0 is 1eaf"),
+            ("msrs-kept", "the reset left msr.star is 1eaf"),
             ("pv-clock-left", "the reset left pv.eoi is 1eaf"),
-            ("state-left", "the reset left msr.star is 1eaf"),
         ];
         assert_eq!(found, expected.map(|(name, detail)| (name, detail.to_owned())));
     }
@@ -129,11 +147,17 @@ mod tests {
     fn every_item_has_its_finding() {
         let check = |item, expected| assert_eq!(finding(item), expected, "{item}");
         check("fpu.xmm15", "fpu-kept");
+        check("reg.r15", "registers-kept");
+        check("seg.ldtr", "registers-kept");
+        check("cr.cr2", "registers-kept");
         check("dr6", "debugregs-kept");
         check("ram.pages", "ram-kept");
         check("pv.system_time", "pv-clock-left");
         check("lapic.timer_count", "lapic-timer-left");
-        check("lapic.tpr", "state-left");
-        check("ioapic.pin20", "state-left");
+        check("lapic.tpr", "lapic-kept");
+        check("ioapic.pin20", "ioapic-kept");
+        check("vsock.events", "event-buffers-stale");
+        check("msr.star", "msrs-kept");
+        check("something.else", "state-left");
     }
 }

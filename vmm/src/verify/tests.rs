@@ -227,6 +227,21 @@ fn a_counter_that_will_interrupt_soon_is_waited_for() {
 }
 
 #[test]
+fn a_report_is_judged_however_many_registers_a_guest_invents() {
+    /// About as many as a frame has room for: with all pairs of them this test would take minutes.
+    const MANY: usize = 60_000;
+    let register = MsrReading { index: 0xc001_0200, value: Some(0x53_0076) };
+    let mut invented = report(2, Cause::Host);
+    invented.pmu.msrs = vec![register; MANY];
+    assert_eq!(ticks_to_overflow(&invented), None);
+    let lives = [
+        life(1, Cause::PowerOn, |_| {}),
+        life(2, Cause::Host, |r| r.pmu.msrs.clone_from(&invented.pmu.msrs)),
+    ];
+    assert!(names(PmuPolicy::Emulated, &lives).contains(&"pmu-not-reset"));
+}
+
+#[test]
 fn a_life_without_report_is_a_finding_of_that_life() {
     let failure = Failure { kind: FailureKind::NoHello, detail: "nothing".into() };
     let dead = Life {

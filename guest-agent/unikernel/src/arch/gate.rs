@@ -23,7 +23,14 @@ enum Service {
     Stop,
     ReadDebug,
     WriteDebug,
+    ReadSystem,
+    PoisonSystem,
+    Xsave,
 }
+
+/// Numbers of services, for leave.s.
+pub(super) const TRIPLE: u64 = Service::Triple as u64;
+pub(super) const STOP: u64 = Service::Stop as u64;
 
 unsafe extern "C" {
     fn gate_call(first: u64, second: u64, service: u64) -> u64;
@@ -177,6 +184,68 @@ pub fn debug_registers() -> DebugRegisters {
 /// Writes the debug registers. With a breakpoint enabled in the last of them the agent would be interrupted by itself.
 pub fn set_debug_registers(registers: &DebugRegisters) {
     call((&raw const *registers) as u64, 0, Service::WriteDebug);
+}
+
+/// Control registers and those that say where tables are; the layout is that of gate.s.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct SystemRegisters {
+    /// CR0, CR2, CR3, CR4.
+    pub control: [u64; 4],
+    global_table: [u8; 16],
+    interrupt_table: [u8; 16],
+    /// LDTR.
+    pub local_table: u16,
+    /// TR.
+    pub task: u16,
+    /// DS, ES, FS, GS.
+    pub data: [u16; 4],
+}
+
+impl SystemRegisters {
+    /// Reads them.
+    pub fn read() -> Self {
+        let mut registers = Self::default();
+        call((&raw mut registers) as u64, 0, Service::ReadSystem);
+        registers
+    }
+
+    /// Base of the global descriptor table.
+    pub fn global_table(&self) -> u64 {
+        base(&self.global_table)
+    }
+
+    /// Base of the interrupt descriptor table.
+    pub fn interrupt_table(&self) -> u64 {
+        base(&self.interrupt_table)
+    }
+}
+
+/// Behind the limit of 16 bits.
+fn base(table: &[u8; 16]) -> u64 {
+    u64::from_le_bytes(core::array::from_fn(|i| table[2 + i]))
+}
+
+/// Gives CR2, LDTR, DS, ES, FS and GS other values than a reset does; the agent uses none of them.
+pub fn poison_system_registers(cr2: u64) {
+    call(cr2, 0, Service::PoisonSystem);
+}
+
+/// Lets ring 3 use XSAVE's instructions, or no more; before that, sets XCR0 if a value is given, which must be one that this
+/// processor takes.
+pub fn set_xsave(enabled: bool, xcr0: Option<u64>) {
+    call(enabled.into(), xcr0.unwrap_or(0), Service::Xsave);
+}
+
+/// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
+pub fn has_avx() -> bool {
+    const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
+    cpuid([1])[0][2] & XSAVE_AND_AVX == XSAVE_AND_AVX
+}
+
+/// Bytes of the state that XCR0 enables now.
+pub fn enabled_bytes() -> u64 {
+    cpuid([0xd])[0][1].into()
 }
 
 /// Has the local APIC deliver overflows of performance counters as NMIs, as Linux's driver does (LVTPC, x2APIC mode).

@@ -22,7 +22,7 @@ trap_6:
 .balign 8
 gate_services:
     .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
-    .quad gate_read_debug, gate_write_debug
+    .quad gate_read_debug, gate_write_debug, gate_read_system, gate_poison_system, gate_xsave
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -179,6 +179,56 @@ gate_write_debug:
     movq 40(%rdi), %rax
     movq %rax, %dr7
     iretq
+
+# rdi = `SystemRegisters`.
+gate_read_system:
+    movq %cr0, %rax
+    movq %rax, (%rdi)
+    movq %cr2, %rax
+    movq %rax, 8(%rdi)
+    movq %cr3, %rax
+    movq %rax, 16(%rdi)
+    movq %cr4, %rax
+    movq %rax, 24(%rdi)
+    sgdt 32(%rdi)
+    sidt 48(%rdi)
+    sldt 64(%rdi)
+    str 66(%rdi)
+    movw %ds, 68(%rdi)
+    movw %es, 70(%rdi)
+    movw %fs, 72(%rdi)
+    movw %gs, 74(%rdi)
+    iretq
+
+# rdi = an address for CR2. LDTR gets the table that nobody uses, and segment registers that 64-bit code has no use for the
+# selector of SS: from here, since where ring 0 is emulated KVM does not hear of what ring 3 loads.
+gate_poison_system:
+    movq %rdi, %cr2
+    movl $USER_DATA, %eax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %fs
+    movw %ax, %gs
+    movl $LOCAL_TABLE, %eax
+    lldt %ax
+    iretq
+
+# Turns CR4.OSXSAVE on, sets XCR0 to rsi if that is not zero, and turns CR4.OSXSAVE off again if rdi is zero.
+gate_xsave:
+    movq %cr4, %r8
+    orq $0x40000, %r8
+    movq %r8, %cr4
+    testl %esi, %esi
+    jz 1f
+    xorl %ecx, %ecx
+    movl %esi, %eax
+    xorl %edx, %edx
+    xsetbv
+1:  testl %edi, %edi
+    jnz 2f
+    andq $~0x40000, %r8
+    movq %r8, %cr4
+2:  iretq
 
 # An exception that cannot be delivered: shutdown.
 gate_triple:

@@ -1,4 +1,5 @@
-//! RAM that belongs to nobody: behind the image, to the end of what the loader says is usable and the page tables map.
+//! RAM that belongs to nobody: behind the image, to the end of what the loader says is usable and the page tables map. The
+//! monitor gives it in large pages and takes nothing for what is only read, so all of it can be looked at.
 
 use core::mem::MaybeUninit;
 
@@ -9,8 +10,6 @@ use super::pvh;
 const PAGE: u64 = 4096;
 /// The identity map of memory (tables.s).
 const MAPPED: u64 = 1 << 30;
-/// So many pages are looked at, spread over all of it: each that is touched for the first time costs the host one.
-const MOST_PAGES: u64 = 512;
 /// What a page is stamped with, plus its address.
 const STAMP: u64 = 0x1eaf_0000_0000_0000;
 
@@ -19,18 +18,28 @@ unsafe extern "C" {
     static image_end: u8;
 }
 
+/// Where usable RAM around the image ends.
+fn usable_end() -> u64 {
+    let start = (&raw const image_end) as u64;
+    pvh::memory_map()
+        .iter()
+        .filter(|range| range.kind == 1 && range.start <= start)
+        .map(|range| range.start.saturating_add(range.len))
+        .max()
+        .unwrap_or(start)
+}
+
+/// Whether there is RAM that the page tables do not map.
+pub fn reaches_beyond_map() -> bool {
+    usable_end() > MAPPED
+}
+
 /// The word that is looked at of each page.
 fn words() -> impl Iterator<Item = *mut u64> {
     let start = (&raw const image_end) as u64;
-    let end = pvh::memory_map()
-        .iter()
-        .filter(|range| range.kind == 1 && range.start <= start)
-        .map(|range| range.start.saturating_add(range.len).min(MAPPED))
-        .max()
-        .unwrap_or(start);
+    let end = usable_end().min(MAPPED);
     let pages = end.saturating_sub(start) / PAGE;
-    let step = pages.div_ceil(MOST_PAGES).max(1);
-    (0..pages).step_by(step as usize).map(move |page| (start + page * PAGE) as *mut u64)
+    (0..pages).map(move |page| (start + page * PAGE) as *mut u64)
 }
 
 /// How many pages hold anything.

@@ -6,6 +6,7 @@
 .set USER_DATA, 0x28 | 3
 .set USER_CODE, 0x30 | 3
 .set TASK_STATE, 0x40
+.set LOCAL_TABLE, 0x50
 
 .macro interrupt_gate handler, stack=0
     .word \handler - nucleus_base, KERNEL_CODE
@@ -30,7 +31,13 @@ idt:
 .irp vector, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
     interrupt_gate trap_\vector
 .endr
-.rept DEVICE_VECTOR - 32
+    no_gate
+    interrupt_gate trap_kept        # 33
+.rept 14
+    no_gate
+.endr
+    interrupt_gate trap_kept        # 48
+.rept DEVICE_VECTOR - 49
     no_gate
 .endr
     interrupt_gate trap_device
@@ -51,6 +58,9 @@ gdt:
     .quad 0
     .word io_permissions_end - task_state - 1, task_state - nucleus_base # TASK_STATE
     .byte NUCLEUS_HIGH, 0x89, 0, 0
+    .quad 0
+    .word 7, gdt - nucleus_base     # LOCAL_TABLE, which nobody uses: LDTR is poisoned with it
+    .byte NUCLEUS_HIGH, 0x82, 0, 0
     .quad 0
 gdt_end:
 
@@ -80,7 +90,7 @@ fatal_frame:
 # What ring 0 writes. First read by `records.rs`, whose types give the layouts.
 .balign 64
 .globl boot_record, irq_count, fatal_vector, exception_records
-.globl nmi_total, nmi_by_reason, nmi_records, early_fpu
+.globl nmi_total, nmi_by_reason, nmi_records, early_fpu, first_look
 boot_record:        .quad 0, 0, 0   # TSC at entry, TSC on leaving ring 0, hvm_start_info
 irq_count:          .long 0
 fatal_vector:       .long 0
@@ -90,6 +100,7 @@ nmi_by_reason:      .long 0, 0, 0, 0
 nmi_records:        .fill NMI_RECORDS * 3, 8, 0
 .balign 16
 early_fpu:          .fill 512, 1, 0
+first_look:         .fill 176, 1, 0
 
 .balign 16
     .fill 24, 8, 0

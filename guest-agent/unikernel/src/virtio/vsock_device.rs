@@ -110,6 +110,7 @@ impl VsockDevice {
         for _ in 0..EVENTS {
             let Some(id) = self.events.take(|bytes| bytes.first_chunk().copied())? else { break };
             event = id.map(u32::from_le_bytes);
+            agent.note_event();
         }
         if event.is_some() {
             self.notify_posted(EVENT, &self.events);

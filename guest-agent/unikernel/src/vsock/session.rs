@@ -16,6 +16,9 @@ pub trait Answer {
     /// Carries out one request.
     fn answer(&mut self, request: Request) -> Option<Reply>;
 
+    /// Notes an event of the transport.
+    fn note_event(&mut self) {}
+
     /// Logs that the host misbehaved.
     fn warn(&mut self, text: String);
 }

@@ -16,6 +16,7 @@ use virtio_bindings::bindings::virtio_mmio::{
 };
 use virtio_queue::{Queue, QueueT};
 
+use super::stale::StaleRequest;
 use super::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{self, Effect};
 use crate::device::ioapic::Pin;
@@ -117,6 +118,11 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
         self.device.reset();
         self.registers = Registers::power_on(self.device.queue_max_sizes());
         self.interrupt.status.store(0, Ordering::SeqCst);
+    }
+
+    /// The oldest request of queue `index` that waits for the device.
+    pub fn oldest_request(&self, index: usize) -> Option<StaleRequest> {
+        StaleRequest::find(self.registers.queues.get(index)?, &self.ram)
     }
 
     /// How many writes the driver should not have made.
