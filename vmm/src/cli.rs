@@ -3,6 +3,8 @@
 mod agent;
 mod jail;
 mod run;
+mod soak;
+mod words;
 
 use std::io::Write;
 use std::time::Instant;
@@ -40,6 +42,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Arguments>),
+    Soak(Box<soak::Arguments>),
     Agent(agent::Arguments),
 }
 
@@ -61,6 +64,7 @@ pub fn status(result: Result<u8, Error>) -> u8 {
 pub fn main(started: Instant) -> Result<u8, Error> {
     match Arguments::try_parse().map_err(in_one_line)?.command {
         Command::Run(arguments) => run::main(*arguments, started),
+        Command::Soak(arguments) => soak::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
     }
 }

@@ -18,4 +18,6 @@ pub mod lifecycle;
 pub mod machine;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod schedule;
+pub mod soak;
 pub mod verify;

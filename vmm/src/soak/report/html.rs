@@ -1,0 +1,8 @@
+//! `--html`.
+
+use super::Report;
+
+/// The page.
+pub fn html(_report: &Report) -> String {
+    String::new()
+}
