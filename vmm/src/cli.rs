@@ -4,7 +4,6 @@ mod agent;
 mod jail;
 mod run;
 mod soak;
-mod words;
 
 use std::io::Write;
 use std::time::Instant;

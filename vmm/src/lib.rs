@@ -21,3 +21,4 @@ pub mod memory;
 pub mod schedule;
 pub mod soak;
 pub mod verify;
+pub mod words;

@@ -25,35 +25,53 @@ impl Leader<'_> {
         let Step { cause, moment, delay } = step;
         self.trace.note(|| format!("next: {cause} {moment}, after {} us", delay.as_micros()));
         let _busy = self.make_busy(moment)?;
-        self.pass(if moment == Moment::MidBoot { Duration::ZERO } else { delay }, moment)?;
+        // With two resets the delay is between them.
+        let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
+        self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
         if moment == Moment::NmiPending {
             // Right before the reset, whatever the delay was. Nobody can mask it: poison masks the pin.
             self.machine.inject_nmi(NmiVia::Message);
             self.trace.note(|| "NMI sent".into());
         }
-        let mut last = cause;
         match guest_reset(cause) {
             None => self.machine.reset(),
             Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
         }
         self.trace.note(|| format!("reset by {cause} asked for"));
-        if moment == Moment::TwoCauses {
-            self.machine.reset();
-            last = Cause::Host;
-            self.trace.note(|| "reset by host asked for as well".into());
+        match moment {
+            Moment::TwoCauses => self.reset_as_well(cause, delay),
+            Moment::MidBoot => {
+                self.await_reset(cause, cause, moment)?;
+                self.pass(delay, moment)?;
+                self.machine.reset();
+                self.trace.note(|| "reset by host asked for".into());
+                self.await_reset(Cause::Host, Cause::Host, moment)
+            }
+            _ => self.await_reset(cause, cause, moment),
         }
-        if moment == Moment::TwoCauses && cause == last {
+    }
+
+    /// Has the host reset the machine too, while a reset by `first` is on its way.
+    fn reset_as_well(&mut self, first: Cause, delay: Duration) -> Result<Beginning, Trouble> {
+        let moment = Moment::TwoCauses;
+        let mut first_came = false;
+        if !delay.is_zero()
+            && let Some(event) = self.machine.next_event(delay)
+        {
+            self.trace.note(|| format!("{event:?}"));
+            match event {
+                Event::Reset { cause, .. } if cause == first => first_came = true,
+                event => return Err(self.unexpected(event)),
+            }
+        }
+        self.machine.reset();
+        self.trace.note(|| "reset by host asked for as well".into());
+        if first == Cause::Host && !first_came {
             // Both are the host's, and each is carried out.
-            self.await_reset(cause, last, moment)?;
+            self.await_reset(first, first, moment)?;
         }
-        let mut begun = self.await_reset(cause, last, moment)?;
-        if moment == Moment::MidBoot {
-            self.pass(delay, moment)?;
-            self.machine.reset();
-            self.trace.note(|| "reset by host asked for".into());
-            begun = self.await_reset(Cause::Host, Cause::Host, moment)?;
-        }
-        Ok(begun)
+        let may_come = if first_came { Cause::Host } else { first };
+        self.await_reset(may_come, Cause::Host, moment)
     }
 
     /// Makes the machine busy. What is returned has to stay open until it is reset.

@@ -227,6 +227,18 @@ impl Figures {
         self.vms.values().map(|vm| vm.findings).sum()
     }
 
+    /// Times to hello by a part of what they are kept by.
+    pub fn grouped(
+        &self,
+        part: impl Fn((&'static str, &'static str)) -> &'static str,
+    ) -> BTreeMap<&'static str, Histogram> {
+        let mut grouped: BTreeMap<_, Histogram> = BTreeMap::new();
+        for (key, histogram) in &self.groups {
+            grouped.entry(part(*key)).or_default().merge(histogram);
+        }
+        grouped
+    }
+
     /// Times to hello of all machines.
     pub fn hello(&self) -> Histogram {
         self.vms.values().fold(Histogram::default(), |mut all, vm| {

@@ -10,7 +10,6 @@ use agent_protocol::PmuStatus;
 use serde::Serialize;
 
 use super::lines;
-use crate::cli::words::{milliseconds, plural};
 use crate::device::pmu::Shape;
 use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
@@ -18,6 +17,7 @@ use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
 use crate::machine::{Config, GuestStats, Handle};
 use crate::soak::line::{Evidence, Line, Machine};
 use crate::verify::{Expectations, Finding, Life, Outcome};
+use crate::words::{milliseconds, plural};
 
 /// Above this many resets the table has a row for each cause instead of each life.
 const MOST_ROWS: u32 = 24;

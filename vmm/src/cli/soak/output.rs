@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use super::FileError;
 use crate::cli::Error;
-use crate::cli::words::{milliseconds, plural};
 use crate::soak::bundle::{self, Bundles, Facts};
 use crate::soak::campaign::{Ending, News, Place, Plan};
 use crate::soak::figures::{Figures, Histogram};
@@ -18,6 +17,7 @@ use crate::soak::line::{Found, Life, Machine};
 use crate::soak::progress::Progress;
 use crate::soak::report::{Report, html, junit};
 use crate::soak::{printable, seed_of};
+use crate::words::{milliseconds, plural};
 
 /// Reports that were asked for.
 pub(super) struct Files {
@@ -246,10 +246,14 @@ impl<'a> Output<'a> {
             let (lives, findings) = (vm.lives, vm.findings);
             let _ = writeln!(text, "{number:<4} {lives:>7}  {findings:>8}  {times}");
         }
-        text.push_str("\ncause     moment        resets  hello p50  p99        max\n");
-        for ((cause, moment), hello) in &self.figures.groups {
-            let (resets, times) = (hello.total(), times(hello));
-            let _ = writeln!(text, "{cause:<8}  {moment:<12} {resets:>7}  {times}");
+        let causes = self.figures.grouped(|(cause, _)| cause);
+        let moments = self.figures.grouped(|(_, moment)| moment);
+        for (title, groups) in [("cause", causes), ("moment", moments)] {
+            let _ = writeln!(text, "\n{title:<12} resets     hello p50  p99        max");
+            for (name, hello) in groups {
+                let (resets, times) = (hello.total(), times(&hello));
+                let _ = writeln!(text, "{name:<12} {resets:>6}     {times}");
+            }
         }
         text.push('\n');
         for shown in self.figures.shown.iter().take(MOST_ROWS) {
