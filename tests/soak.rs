@@ -307,11 +307,16 @@ fn a_machines_process_that_runs_out_of_memory_is_a_finding() {
     let soak = Running::start(&[], 2);
     let caller = soak.callers()[0];
     let group = control_group(machine_of(caller));
-    // Less than it has already: the kernel takes it back, or kills.
-    let v2 = group.join("memory.max");
-    let limit = if v2.exists() { v2 } else { group.join("memory.limit_in_bytes") };
-    eventually("the limit holds", || {
-        let _ = fs::write(&limit, "262144");
+    // What it has just now, until that was one of the moments in which a reset has let go of the guest's memory.
+    let v2 = group.join("memory.max").exists();
+    let (limit, usage) = match v2 {
+        true => ("memory.max", "memory.current"),
+        false => ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    };
+    eventually("the limit is met", || {
+        // Both fail once the group is gone, and the limit while more than that is in use.
+        let usage = fs::read_to_string(group.join(usage)).unwrap_or_default();
+        let _ = fs::write(group.join(limit), usage.trim());
         soak.callers().first() != Some(&caller)
     });
     let (outcome, _dir) = soak.finish();

@@ -82,6 +82,6 @@ mod tests {
         check(None, Some(second * 4), 9, "[######------------------]  25%  9 resets");
         check(Some(100), Some(second * 4), 75, "[##################------]  75%");
         check(Some(100), Some(second * 4), 1, "[######------------------]  25%");
-        check(None, Some(second), u64::MAX >> 20, "[########################] 100%");
+        check(None, Some(second), 1 << 30, "[########################] 100%");
     }
 }
