@@ -47,8 +47,8 @@ fn every_module_has_its_place_in_architecture() {
 
 #[test]
 fn the_readme_names_only_options_that_exist() {
-    let help =
-        [run(&["run", "--help"]).stdout, run(&["agent", "export", "--help"]).stdout].concat();
+    let commands = [&["run", "--help"][..], &["soak", "--help"], &["agent", "export", "--help"]];
+    let help: String = commands.map(|command| run(command).stdout).concat();
     let text = read("README.md");
     let lines =
         text.lines().filter(|line| line.contains("cleanslate ") || line.contains("cargo run"));

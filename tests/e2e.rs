@@ -33,5 +33,7 @@ mod leftovers;
 mod lives;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.
 mod residue;
+/// `soak`: many machines at random moments, whatever happens to their processes.
+mod soak;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;

@@ -3,6 +3,7 @@
 mod agent;
 mod jail;
 mod run;
+mod soak;
 
 use std::io::Write;
 use std::time::Instant;
@@ -40,6 +41,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Arguments>),
+    Soak(Box<soak::Arguments>),
     Agent(agent::Arguments),
 }
 
@@ -61,6 +63,7 @@ pub fn status(result: Result<u8, Error>) -> u8 {
 pub fn main(started: Instant) -> Result<u8, Error> {
     match Arguments::try_parse().map_err(in_one_line)?.command {
         Command::Run(arguments) => run::main(*arguments, started),
+        Command::Soak(arguments) => soak::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
     }
 }

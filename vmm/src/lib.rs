@@ -1,6 +1,6 @@
 //! Cleanslate: a microVM monitor that resets its machine in place and proves that nothing was left behind.
 //!
-//! Dependencies point down: `cli` → `lifecycle` → `machine` → `boot`, `device` → `bus`; `machine` → `kvm` → `memory` →
+//! Dependencies point down: `cli` → `soak`, `lifecycle` → `machine` → `boot`, `device` → `bus`; `machine` → `kvm` → `memory` →
 //! `layout`. Unsafe code is allowed in the two modules that say so below and nowhere else; that list is the audit.
 
 #![deny(unsafe_code)]
@@ -18,4 +18,7 @@ pub mod lifecycle;
 pub mod machine;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod schedule;
+pub mod soak;
 pub mod verify;
+pub mod words;

@@ -1,22 +1,27 @@
 //! Leads a machine with an agent through its lives: hello, report, reset, and again.
 
+mod moment;
+mod trace;
+
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use agent_protocol::{AGENT_PORT, Cause, GuestReset, Poisoning, Report, StateReading};
+use agent_protocol::{AGENT_PORT, Cause, Poisoning, Report, StateReading};
 
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
-use crate::machine::{Event, Handle, MachineError, NmiOutcome, Stop};
+use crate::machine::{Event, Handle, MachineError, NmiOutcome, NmiVia, Stop};
+use crate::schedule::{Moment, Schedule, Step};
 use crate::verify::{self, Failure, FailureKind, Life};
+pub use trace::Trace;
 
 /// What to do with a machine.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// How many resets.
     pub resets: u32,
-    /// By which causes, in turn. Not empty if there are resets; [`Cause::PowerOn`] is none.
-    pub causes: Vec<Cause>,
+    /// By what, and when.
+    pub schedule: Schedule,
     /// NMIs to inject into the first life.
     pub nmis: u32,
     /// Whether all state is poisoned before each reset, and looked at first thing afterwards.
@@ -53,8 +58,8 @@ pub enum LifecycleError {
     Agent(AgentError),
 }
 
-/// Leads `machine` through `plan`, handing each life to `on_life` when its report is in. Ends early with a life that has
-/// no report. `started` is when the first life's clock began.
+/// Leads `machine` through `plan`, handing each life to `on_life` when it is over, with what was done to the machine lately.
+/// Ends early with a life that has no report. `started` is when the first life's clock began.
 ///
 /// # Errors
 /// [`LifecycleError`]; what a guest does is no error but a [`Failure`] of its life.
@@ -62,14 +67,15 @@ pub fn lead(
     machine: &Handle,
     plan: &Plan,
     started: Instant,
-    mut on_life: impl FnMut(&Life),
+    mut on_life: impl FnMut(&Life, &Trace),
 ) -> Result<(), LifecycleError> {
-    let mut causes = plan.causes.iter().copied().cycle().take(plan.resets as usize);
-    let mut current = Beginning { life: 1, cause: Cause::PowerOn, at: started };
-    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new() };
+    let mut steps = plan.schedule.steps().take(plan.resets as usize);
+    let mut current = Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: started };
+    let trace = Trace::new(started);
+    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new(), trace };
     loop {
-        let (life, next) = leader.live(current, causes.next())?;
-        on_life(&life);
+        let (life, next) = leader.live(current, steps.next())?;
+        on_life(&life, &leader.trace);
         match next {
             Some(next) => current = next,
             None => return Ok(()),
@@ -82,6 +88,7 @@ pub fn lead(
 struct Beginning {
     life: u32,
     cause: Cause,
+    moment: Option<Moment>,
     at: Instant,
 }
 
@@ -92,6 +99,7 @@ struct Leader<'a> {
     power_on: Option<Vec<StateReading>>,
     /// What the life before was poisoned with.
     poisoned: Vec<Poisoning>,
+    trace: Trace,
 }
 
 /// A life that went wrong, or an end of everything.
@@ -107,17 +115,25 @@ impl From<LifecycleError> for Trouble {
 }
 
 impl Leader<'_> {
-    /// One life from its beginning to the reset by `cause`, or to its end if there is none.
+    /// One life from its beginning to its reset, or to its end if there is none.
     fn live(
         &mut self,
-        Beginning { life, cause, at }: Beginning,
-        reset: Option<Cause>,
+        Beginning { life, cause, moment, at }: Beginning,
+        reset: Option<Step>,
     ) -> Result<(Life, Option<Beginning>), LifecycleError> {
-        let mut record =
-            Life { life, cause, hello_us: None, report: None, residue: Vec::new(), failure: None };
+        let mut record = Life {
+            life,
+            cause,
+            moment,
+            hello_us: None,
+            report: None,
+            residue: Vec::new(),
+            failure: None,
+        };
         match self.live_through(&mut record, at, reset) {
             Ok(next) => Ok((record, next)),
             Err(Trouble::Life(failure)) => {
+                self.trace.note(|| format!("life {life} failed: {}", failure.kind.name()));
                 record.failure = Some(failure);
                 Ok((record, None))
             }
@@ -129,12 +145,14 @@ impl Leader<'_> {
         &mut self,
         record: &mut Life,
         began: Instant,
-        reset: Option<Cause>,
+        reset: Option<Step>,
     ) -> Result<Option<Beginning>, Trouble> {
         let mut agent = self.hello()?;
         record.hello_us = Some(began.elapsed().as_micros() as u64);
+        self.trace.note(|| format!("hello of life {}", agent.hello().life));
         if self.plan.poison {
             self.look_for_residue(&mut agent, record)?;
+            self.trace.note(|| "asked for its state".into());
         }
         if record.life == 1 {
             for _ in 0..self.plan.nmis {
@@ -152,17 +170,20 @@ impl Leader<'_> {
             report = self.report(&mut agent)?;
         }
         record.report = Some(report);
+        self.trace.note(|| "report".into());
         match reset {
-            Some(cause) => {
+            Some(step) => {
                 if self.plan.poison {
                     let poisoned = agent.poison();
                     self.poisoned = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                    self.trace.note(|| "poisoned".into());
                 }
                 if self.plan.arms_pmu {
                     let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
                     armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
+                    self.trace.note(|| "counters are running".into());
                 }
-                self.reset(&mut agent, cause).map(Some)
+                self.reset(agent, step).map(Some)
             }
             None => Ok(None),
         }
@@ -196,7 +217,7 @@ impl Leader<'_> {
 
     /// Injects one NMI and waits until the guest has run on: a second one could otherwise join the first.
     fn inject_nmi(&self, agent: &mut Agent) -> Result<(), Trouble> {
-        self.machine.inject_nmi();
+        self.machine.inject_nmi(NmiVia::Pin);
         match self.machine.next_event(self.plan.timeout) {
             Some(Event::Nmi(NmiOutcome::Queued)) => {
                 agent.ping().map_err(|error| self.explain(error, FailureKind::NoReport))
@@ -207,32 +228,6 @@ impl Leader<'_> {
             }
             Some(event) => Err(self.unexpected(event)),
             None => Err(self.failure(FailureKind::NoReport, "the vCPU took no NMI".into())),
-        }
-    }
-
-    fn reset(&self, agent: &mut Agent, cause: Cause) -> Result<Beginning, Trouble> {
-        match guest_reset(cause) {
-            None => {
-                if self.plan.poison {
-                    // Registers that the agent needs are poisoned last of all.
-                    agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
-                }
-                self.machine.reset();
-            }
-            Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
-        }
-        match self.machine.next_event(self.plan.timeout) {
-            Some(Event::Reset { life, cause: found, at }) if found == cause => {
-                Ok(Beginning { life, cause, at })
-            }
-            Some(event) => Err(self.unexpected(event)),
-            None => Err(self.failure(
-                FailureKind::NoReset,
-                format!(
-                    "no reset within {:?} after one by {cause} was asked for",
-                    self.plan.timeout
-                ),
-            )),
         }
     }
 
@@ -281,16 +276,6 @@ impl Leader<'_> {
             lines => format!("{what}; the console ends with: {}", lines.join(" | ")),
         };
         Trouble::Life(Failure { kind, detail })
-    }
-}
-
-fn guest_reset(cause: Cause) -> Option<GuestReset> {
-    match cause {
-        Cause::PowerOn | Cause::Host => None,
-        Cause::I8042 => Some(GuestReset::I8042),
-        Cause::Cf9 => Some(GuestReset::Cf9),
-        Cause::Acpi => Some(GuestReset::Acpi),
-        Cause::Triple => Some(GuestReset::Triple),
     }
 }
 

@@ -136,8 +136,17 @@ enum VcpuStop {
 
 enum Command {
     Reset,
-    Nmi,
+    Nmi(NmiVia),
     Stop,
+}
+
+/// How an NMI reaches a processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NmiVia {
+    /// By the pin LINT1 of its local APIC, which the guest can mask.
+    Pin,
+    /// By a message, which it cannot.
+    Message,
 }
 
 /// Why a guest cannot be run any further.
@@ -287,8 +296,8 @@ impl Handle {
     }
 
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
-    pub fn inject_nmi(&self) {
-        self.send(Command::Nmi);
+    pub fn inject_nmi(&self, via: NmiVia) {
+        self.send(Command::Nmi(via));
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
+use crate::schedule::Moment;
 
 pub use pmu::ticks_to_overflow;
 pub use residue::{Outcome, Residue, compare};
@@ -20,6 +21,9 @@ pub struct Life {
     pub life: u32,
     /// Why it began.
     pub cause: Cause,
+    /// In the middle of what the reset came that began it; none if it was the power-on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moment: Option<Moment>,
     /// Microseconds to the agent's hello: from the start of the process in life 1, from the reset's cause later. None if the
     /// agent never said hello.
     pub hello_us: Option<u64>,
@@ -59,7 +63,8 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    fn name(self) -> &'static str {
+    /// The name of its finding.
+    pub fn name(self) -> &'static str {
         match self {
             Self::NoHello => "no-hello",
             Self::NoReport => "no-report",
@@ -116,11 +121,13 @@ impl Judge {
         Self { expectations, before: None, findings: Vec::new() }
     }
 
-    /// Hears the next life.
-    pub fn hear(&mut self, life: &Life) {
+    /// Hears the next life. Returns what was found in it, and the report of the life before.
+    pub fn hear(&mut self, life: &Life) -> (&[Finding], Option<Report>) {
+        let known = self.findings.len();
         let found = judge(self.expectations, self.before.as_ref(), life);
         self.findings.extend(found);
-        self.before.clone_from(&life.report);
+        let before = std::mem::replace(&mut self.before, life.report.clone());
+        (&self.findings[known..], before)
     }
 
     /// All findings so far. None mean that the machine came back clean every time.

@@ -64,7 +64,7 @@ pub(super) struct Arguments {
 
 /// Why a jailed process did not get to its end.
 #[derive(Debug, thiserror::Error)]
-enum EndError {
+pub(super) enum EndError {
     #[error("the machine's process made a system call that its filter forbids, and was ended: {0}")]
     Forbidden(jailer::seccomp::Violation),
     #[error(

@@ -1,13 +1,16 @@
 //! `cleanslate run`: one machine, some lives, a verdict; or any other guest with its console on stdout.
 
 mod guest;
+mod lines;
 mod output;
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
 use clap::Args;
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::{Error, exit, jail};
 use crate::boot::Payload;
@@ -18,8 +21,10 @@ use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
 use crate::memory;
+use crate::schedule::{Moment, Schedule};
+use crate::soak::line::Evidence;
 use crate::verify::{Expectations, Judge};
-use output::{Output, Summary};
+use output::{Format, Output, Summary};
 
 /// Boot a machine, reset it in place, and say whether it came back clean
 ///
@@ -52,6 +57,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "CAUSES", value_delimiter = ',', default_value = "host,i8042,triple",
           value_parser = parse_cause, conflicts_with = "kernel")]
     reset_via: Vec<Cause>,
+
+    /// Draw each reset from --reset-via and --moments at random instead; the same seed gives the same resets
+    #[arg(long, value_name = "N", conflicts_with = "kernel")]
+    seed: Option<u64>,
+
+    /// In the middle of what: quiet, mid-transfer, mid-connect, nmi-pending, two-causes, mid-boot [default: all]
+    #[arg(long, value_name = "MOMENTS", value_delimiter = ',', value_parser = Moment::from_str, requires = "seed")]
+    moments: Vec<Moment>,
 
     /// Inject this many NMIs into the first life; they must come out as a finding
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000),
@@ -120,6 +133,15 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with = "kernel")]
     json: bool,
 
+    /// Print a JSON object for each life in a line of its own, the verdict in the last one; with evidence only where something
+    /// was found
+    #[arg(long, conflicts_with_all = ["kernel", "json"])]
+    json_lines: bool,
+
+    /// Die with the process of this number, which has to be the parent
+    #[arg(long, value_name = "PID", hide = true)]
+    child_of: Option<u32>,
+
     #[command(flatten)]
     jail: jail::Arguments,
 }
@@ -131,13 +153,18 @@ enum UsageError {
     NotEmulated(&'static str),
     #[error("{0} shows after a reset: add --resets N")]
     NoReset(&'static str),
+    #[error("--child-of {0} is not the number of the parent process")]
+    NotTheParent(u32),
 }
+
+/// How much of the console goes with a finding.
+const CONSOLE_LINES: usize = 100;
 
 #[derive(Debug, thiserror::Error)]
 #[error("print the result")]
-struct PrintError(#[source] std::io::Error);
+pub(super) struct PrintError(#[source] pub(super) std::io::Error);
 
-fn parse_cause(word: &str) -> Result<Cause, String> {
+pub(super) fn parse_cause(word: &str) -> Result<Cause, String> {
     match word.parse() {
         Ok(Cause::PowerOn) | Err(_) => Err("known are host, i8042, cf9, acpi, triple".into()),
         Ok(cause) => Ok(cause),
@@ -145,7 +172,7 @@ fn parse_cause(word: &str) -> Result<Cause, String> {
 }
 
 impl Arguments {
-    fn config(&self) -> Result<Config, Error> {
+    pub fn config(&self) -> Result<Config, Error> {
         let (payload, reset_policy, console) = match &self.kernel {
             Some(kernel) => (
                 Payload::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() },
@@ -161,7 +188,7 @@ impl Arguments {
             vcpus: self.vcpus,
             pmu: self.pmu,
             pmu_shape: self.pmu_shape()?,
-            pmu_seed: self.pmu_seed.unwrap_or(0),
+            pmu_seed: self.pmu_seed.or(self.seed).unwrap_or(0),
             looks_first: self.poison,
             faults: self.faults()?,
             reset_policy,
@@ -170,6 +197,20 @@ impl Arguments {
             // The jail knows.
             seccomp: false,
         })
+    }
+
+    fn schedule(&self) -> Schedule {
+        let causes = self.reset_via.clone();
+        match self.seed {
+            None => Schedule::InTurn(causes),
+            Some(seed) => {
+                let moments = match self.moments.as_slice() {
+                    [] => Moment::ALL.to_vec(),
+                    moments => moments.to_vec(),
+                };
+                Schedule::Random { causes, moments, seed }
+            }
+        }
     }
 
     fn pmu_shape(&self) -> Result<Shape, Error> {
@@ -198,9 +239,28 @@ impl Arguments {
 }
 
 pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> {
-    arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
+    if let Some(parent) = arguments.child_of {
+        die_with(parent)?;
+    }
+    let result = arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
         lead(&arguments, config, resources, interrupts, started)
-    })
+    });
+    if arguments.json_lines
+        && let Err(error) = &result
+    {
+        lines::end(&**error);
+    }
+    result
+}
+
+/// Has this process killed when its parent ends. The machine's process dies with this one, and the janitor cleans up.
+fn die_with(parent: u32) -> Result<(), Error> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before.
+    match getppid() {
+        Some(pid) if u32::try_from(pid.as_raw_pid()) == Ok(parent) => Ok(()),
+        _ => Err(UsageError::NotTheParent(parent).into()),
+    }
 }
 
 /// Runs the machine to its end, in the process that is made for it.
@@ -218,7 +278,7 @@ fn lead(
     }
     let plan = Plan {
         resets: arguments.resets,
-        causes: arguments.reset_via.clone(),
+        schedule: arguments.schedule(),
         nmis: arguments.nmi,
         poison: arguments.poison,
         arms_pmu: arguments.pmu != PmuPolicy::Off,
@@ -227,10 +287,17 @@ fn lead(
     };
     let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
     let mut judge = Judge::new(expectations);
-    let mut output = Output::new(arguments.json, plan.resets);
-    let led = lifecycle::lead(&machine, &plan, started, |life| {
-        judge.hear(life);
-        output.life(life);
+    let format = match (arguments.json, arguments.json_lines) {
+        (true, _) => Format::Json,
+        (_, true) => Format::Lines,
+        _ => Format::Table,
+    };
+    let mut output = Output::new(format, plan.resets);
+    output.begin(&Summary::new(&machine, config, expectations, &[]));
+    let led = lifecycle::lead(&machine, &plan, started, |life, trace| {
+        let (findings, before) = judge.hear(life);
+        let console = || machine.console().last_lines(CONSOLE_LINES);
+        output.life(life, findings, || Evidence::new(before, life, console(), trace));
     });
     match led {
         Ok(()) => {}

@@ -4,12 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::pmu;
 
 /// What runs guest code on this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KvmKind {
     /// Intel VT-x.
@@ -64,7 +64,7 @@ impl Module {
 }
 
 /// Everything about the host that a verdict depends on.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HostInfo {
     /// Kernel release.
     pub kernel: String,

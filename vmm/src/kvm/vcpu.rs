@@ -240,6 +240,14 @@ impl Vcpu {
         self.queue_nmi_through(&lapic, LVT_LINT1)
     }
 
+    /// Queues an NMI as another processor's message brings it, or a device's: no entry of the local APIC can mask that.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn send_nmi(&self) -> Result<(), KvmError> {
+        self.fd.nmi().map_err(KvmError::request("queue an NMI"))
+    }
+
     /// Delivers the overflow of a performance counter as the local APIC's entry for it (LVTPC) says: as an NMI if it is
     /// unmasked and wants one, else not at all. The entry stays as it is: AMD's local APIC does not mask it on delivery, as
     /// Intel's does. Returns whether an NMI was queued.
@@ -261,7 +269,7 @@ impl Vcpu {
         if entry & LVT_MASKED != 0 || entry & LVT_MODE != LVT_MODE_NMI {
             return Ok(false);
         }
-        self.fd.nmi().map_err(KvmError::request("queue an NMI"))?;
+        self.send_nmi()?;
         Ok(true)
     }
 

@@ -38,6 +38,12 @@ impl Interrupts {
         Ok(Self(reader))
     }
 
+    /// Waits until a signal has come.
+    pub fn wait(&mut self) {
+        // Its other end stays open as long as the process lives, so this ends with a signal alone.
+        while self.0.read(&mut [0; 16]).is_err() {}
+    }
+
     /// Takes what has come.
     pub(super) fn take(&mut self) {
         // The byte says no more than that a signal came.

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::pmu::VcpuPmu;
-use super::{GuestStuck, Message, NmiOutcome, StuckReason, VcpuStop};
+use super::{GuestStuck, Message, NmiOutcome, NmiVia, StuckReason, VcpuStop};
 use crate::bus::{Bus, Effect};
 use crate::device::ioapic::IoApic;
 use crate::kvm::KvmError;
@@ -45,7 +45,7 @@ enum Order {
 enum NmiOrder {
     None,
     /// Queue one before the next entry.
-    Queue,
+    Queue(NmiVia),
     Done(NmiOutcome),
 }
 
@@ -175,15 +175,15 @@ impl VcpuThread {
     }
 
     /// Queues an NMI.
-    pub fn inject_nmi(&self) -> NmiOutcome {
-        self.control.lock().nmi = NmiOrder::Queue;
+    pub fn inject_nmi(&self, via: NmiVia) -> NmiOutcome {
+        self.control.lock().nmi = NmiOrder::Queue(via);
         self.kick();
-        let done = |state: &State| state.nmi != NmiOrder::Queue || state.parked;
+        let done = |state: &State| state.nmi != NmiOrder::Queue(via) || state.parked;
         let mut state = self.wait_kicking(self.control.lock(), done);
         match std::mem::replace(&mut state.nmi, NmiOrder::None) {
             NmiOrder::Done(outcome) => outcome,
             // It parked instead: its machine is about to be reset or to end.
-            NmiOrder::Queue | NmiOrder::None => NmiOutcome::VcpuStopped,
+            NmiOrder::Queue(_) | NmiOrder::None => NmiOutcome::VcpuStopped,
         }
     }
 
@@ -250,7 +250,10 @@ impl Runner {
     fn main(self) {
         while let Some(nmi) = self.next_entry() {
             let mut vcpu = self.cell.lock();
-            let queued = if nmi == NmiOrder::Queue { self.queue_nmi(&vcpu) } else { Ok(()) };
+            let queued = match nmi {
+                NmiOrder::Queue(via) => self.queue_nmi(&vcpu, via),
+                NmiOrder::None | NmiOrder::Done(_) => Ok(()),
+            };
             let pause = queued
                 .and_then(|()| self.run(&mut vcpu))
                 .unwrap_or_else(|error| Pause::Stop(VcpuStop::Failed(error.into())));
@@ -309,8 +312,12 @@ impl Runner {
         self.control.changed.notify_all();
     }
 
-    fn queue_nmi(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
-        let outcome = if vcpu.inject_nmi()? { NmiOutcome::Queued } else { NmiOutcome::Masked };
+    fn queue_nmi(&self, vcpu: &Vcpu, via: NmiVia) -> Result<(), KvmError> {
+        let queued = match via {
+            NmiVia::Pin => vcpu.inject_nmi()?,
+            NmiVia::Message => vcpu.send_nmi().map(|()| true)?,
+        };
+        let outcome = if queued { NmiOutcome::Queued } else { NmiOutcome::Masked };
         self.control.lock().nmi = NmiOrder::Done(outcome);
         self.control.changed.notify_all();
         Ok(())

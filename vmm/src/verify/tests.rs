@@ -25,6 +25,7 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
     Life {
         life: number,
         cause,
+        moment: None,
         hello_us: Some(900),
         report: Some(report),
         residue: Vec::new(),
@@ -34,7 +35,9 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
 
 fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
     let mut judge = Judge::new(Expectations { pmu: policy, kvm: KvmKind::Svm });
-    lives.iter().for_each(|life| judge.hear(life));
+    for life in lives {
+        judge.hear(life);
+    }
     judge.findings().to_vec()
 }
 
@@ -247,6 +250,7 @@ fn a_life_without_report_is_a_finding_of_that_life() {
     let dead = Life {
         life: 2,
         cause: Cause::Host,
+        moment: None,
         hello_us: None,
         report: None,
         residue: Vec::new(),

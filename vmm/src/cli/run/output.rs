@@ -9,12 +9,15 @@ use std::io::{self, IsTerminal, Write};
 use agent_protocol::PmuStatus;
 use serde::Serialize;
 
+use super::lines;
 use crate::device::pmu::Shape;
 use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
 use crate::machine::{Config, GuestStats, Handle};
+use crate::soak::line::{Evidence, Line, Machine};
 use crate::verify::{Expectations, Finding, Life, Outcome};
+use crate::words::{milliseconds, plural};
 
 /// Above this many resets the table has a row for each cause instead of each life.
 const MOST_ROWS: u32 = 24;
@@ -80,9 +83,20 @@ impl<'a> Summary<'a> {
     }
 }
 
+/// What is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// For people.
+    Table,
+    /// One object.
+    Json,
+    /// An object in each line.
+    Lines,
+}
+
 /// Prints while the machine lives and at the end.
 pub(super) struct Output {
-    json: bool,
+    format: Format,
     resets: u32,
     /// Where progress goes, if anybody watches.
     progress: bool,
@@ -103,10 +117,11 @@ struct Tally {
 }
 
 impl Output {
-    pub fn new(json: bool, resets: u32) -> Self {
-        let progress = resets > MOST_ROWS && io::stderr().is_terminal();
+    pub fn new(format: Format, resets: u32) -> Self {
+        // A soak that reads lines shows the progress itself.
+        let progress = resets > MOST_ROWS && format != Format::Lines && io::stderr().is_terminal();
         Self {
-            json,
+            format,
             resets,
             progress,
             lives: 0,
@@ -116,8 +131,19 @@ impl Output {
         }
     }
 
+    /// The machine runs. Of the summary only that counts which is known by now.
+    pub fn begin(&mut self, summary: &Summary) {
+        if self.format == Format::Lines {
+            self.line(&Line::Machine(Machine {
+                host: summary.host.clone(),
+                pmu: summary.pmu.words(),
+                unchecked: summary.unchecked.iter().map(|(name, _)| (*name).into()).collect(),
+            }));
+        }
+    }
+
     /// A life is over.
-    pub fn life(&mut self, life: &Life) {
+    pub fn life(&mut self, life: &Life, findings: &[Finding], evidence: impl FnOnce() -> Evidence) {
         self.lives += 1;
         if !life.residue.is_empty() {
             let count =
@@ -130,13 +156,16 @@ impl Output {
             let total = u64::from(self.resets) + 1;
             let _ = write!(io::stderr(), "\rlife {} of {total}", life.life);
         }
-        if self.json {
-            self.json_life(life);
-        } else if self.resets > MOST_ROWS {
-            self.count(life);
-        } else {
-            self.row(life);
+        match self.format {
+            Format::Lines => self.line(&lines::life(life, findings, evidence)),
+            Format::Json => self.json_life(life),
+            Format::Table if self.resets > MOST_ROWS => self.count(life),
+            Format::Table => self.row(life),
         }
+    }
+
+    fn line(&mut self, line: &Line) {
+        self.print(&lines::text(line));
     }
 
     fn json_life(&mut self, life: &Life) {
@@ -166,7 +195,10 @@ impl Output {
     /// There will be no verdict.
     pub fn abandon(&mut self) {
         self.clear_progress();
-        if self.json {
+        if self.format == Format::Lines {
+            self.line(&Line::Verdict { verdict: None });
+        }
+        if self.format == Format::Json {
             let lives = if self.lives == 0 { "{\"lives\":[" } else { "" };
             self.print(&format!("{lives}],\"verdict\":null}}\n"));
         }
@@ -178,7 +210,11 @@ impl Output {
     /// Something of all this could not be printed.
     pub fn finish(mut self, summary: &Summary) -> io::Result<()> {
         self.clear_progress();
-        if self.json {
+        if self.format == Format::Lines {
+            self.line(&Line::Verdict { verdict: Some(summary.verdict.into()) });
+            return self.failure.map_or(Ok(()), Err);
+        }
+        if self.format == Format::Json {
             // The summary is an object of its own; its fields join those of the object that the lives began.
             let rest = serde_json::to_string(summary)?;
             self.print(&format!("],{}\n", &rest[1..]));
@@ -255,11 +291,7 @@ impl Output {
     }
 }
 
-fn plural(count: usize, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
-}
-
-fn pmu_word(life: &Life) -> &'static str {
+pub(super) fn pmu_word(life: &Life) -> &'static str {
     match life.report.as_ref().map(|report| &report.pmu.status) {
         None => "-",
         Some(PmuStatus::Absent) => "absent",
@@ -268,8 +300,4 @@ fn pmu_word(life: &Life) -> &'static str {
         Some(PmuStatus::Broken) => "broken",
         Some(PmuStatus::PresentDead) => "present-dead",
     }
-}
-
-fn milliseconds(us: u64) -> String {
-    format!("{}.{:02} ms", us / 1000, us % 1000 / 10)
 }

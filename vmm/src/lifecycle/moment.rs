@@ -1,0 +1,167 @@
+//! A reset at its moment: what the machine is made busy with, the reset, and which events have to come of it.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use agent_protocol::{AGENT_PORT, Cause, GuestReset, Request, frame};
+
+use super::{Beginning, Leader, Trouble};
+use crate::agent::{Agent, AgentError};
+use crate::device::vsock::GuestPort;
+use crate::machine::{Event, NmiVia};
+use crate::schedule::{Moment, Step};
+use crate::verify::FailureKind;
+
+/// Connections that the guest has not accepted when its reset comes.
+const OPEN_CONNECTIONS: usize = 4;
+
+/// Bytes on their way to the guest and back: more than a ring of buffers holds, less than a socket does.
+const ECHOED_BYTES: usize = 96 * 1024;
+
+impl Leader<'_> {
+    /// Resets the machine and says how the next life began.
+    pub(super) fn reset(&mut self, mut agent: Agent, step: Step) -> Result<Beginning, Trouble> {
+        let Step { cause, moment, delay } = step;
+        self.trace.note(|| format!("next: {cause} {moment}, after {} us", delay.as_micros()));
+        let _busy = self.make_busy(moment)?;
+        // With two resets the delay is between them.
+        let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
+        self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
+        if moment == Moment::NmiPending {
+            // Right before the reset, whatever the delay was. Nobody can mask it: poison masks the pin.
+            self.machine.inject_nmi(NmiVia::Message);
+            self.trace.note(|| "NMI sent".into());
+        }
+        match guest_reset(cause) {
+            None => {
+                if self.plan.poison && moment == Moment::Quiet {
+                    // Registers that the agent needs are poisoned last of all. At other moments it has work to do.
+                    agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
+                }
+                self.machine.reset();
+            }
+            Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
+        }
+        self.trace.note(|| format!("reset by {cause} asked for"));
+        match moment {
+            Moment::TwoCauses => self.reset_as_well(cause, delay),
+            Moment::MidBoot => {
+                self.await_reset(cause, cause, moment)?;
+                self.pass(delay, moment)?;
+                self.machine.reset();
+                self.trace.note(|| "reset by host asked for".into());
+                self.await_reset(Cause::Host, Cause::Host, moment)
+            }
+            _ => self.await_reset(cause, cause, moment),
+        }
+    }
+
+    /// Has the host reset the machine too, while a reset by `first` is on its way.
+    fn reset_as_well(&mut self, first: Cause, delay: Duration) -> Result<Beginning, Trouble> {
+        let moment = Moment::TwoCauses;
+        let mut first_came = false;
+        if !delay.is_zero()
+            && let Some(event) = self.machine.next_event(delay)
+        {
+            self.trace.note(|| format!("{event:?}"));
+            match event {
+                Event::Reset { cause, .. } if cause == first => first_came = true,
+                event => return Err(self.unexpected(event)),
+            }
+        }
+        self.machine.reset();
+        self.trace.note(|| "reset by host asked for as well".into());
+        if first == Cause::Host && !first_came {
+            // Both are the host's, and each is carried out.
+            self.await_reset(first, first, moment)?;
+        }
+        let may_come = if first_came { Cause::Host } else { first };
+        self.await_reset(may_come, Cause::Host, moment)
+    }
+
+    /// Makes the machine busy. What is returned has to stay open until it is reset.
+    fn make_busy(&mut self, moment: Moment) -> Result<Vec<UnixStream>, Trouble> {
+        let connections = match moment {
+            Moment::Quiet | Moment::NmiPending | Moment::TwoCauses | Moment::MidBoot => 0,
+            Moment::MidTransfer => 1,
+            Moment::MidConnect => OPEN_CONNECTIONS,
+        };
+        let streams = (0..connections).map(|_| self.machine.connect(GuestPort(AGENT_PORT)));
+        let streams: Result<Vec<_>, _> = streams.collect();
+        // The device of a machine that has stopped refuses.
+        let mut streams =
+            streams.map_err(|_| self.explain(AgentError::Closed, FailureKind::NoReset))?;
+        if moment == Moment::MidTransfer {
+            // All of it fits into the socket, so this does not wait for the guest; if the guest hangs up, the events say why.
+            let echo = Request::Echo(vec![0x5a; ECHOED_BYTES]);
+            let bytes = frame::encode(&echo).unwrap_or_default();
+            let stream = &mut streams[0];
+            let _ = stream.set_write_timeout(Some(self.plan.timeout));
+            let written = stream.write_all(&bytes);
+            self.trace.note(|| format!("{} bytes to echo, {written:?}", bytes.len()));
+        } else if connections > 0 {
+            self.trace.note(|| format!("{connections} connections asked for"));
+        }
+        Ok(streams)
+    }
+
+    /// Lets time pass, in which nothing may happen.
+    fn pass(&mut self, delay: Duration, moment: Moment) -> Result<(), Trouble> {
+        match (!delay.is_zero()).then(|| self.machine.next_event(delay)).flatten() {
+            None => Ok(()),
+            Some(event) => {
+                self.trace.note(|| format!("{moment}: {event:?}"));
+                Err(self.unexpected(event))
+            }
+        }
+    }
+
+    /// Waits for the reset by `last`. One by `first` may come before it: two were asked for, and the guest was quicker. (If
+    /// the host was, there is no guest left to cause the other.)
+    fn await_reset(
+        &mut self,
+        first: Cause,
+        last: Cause,
+        moment: Moment,
+    ) -> Result<Beginning, Trouble> {
+        let mut first_may_come = first != last;
+        loop {
+            let event = self.machine.next_event(self.plan.timeout);
+            match &event {
+                Some(Event::Reset { life, cause, .. }) => {
+                    self.trace.note(|| format!("life {life} began, by {cause}"));
+                }
+                Some(event) => self.trace.note(|| format!("{event:?}")),
+                None => {}
+            }
+            match event {
+                Some(Event::Reset { life, cause, at }) if cause == last => {
+                    return Ok(Beginning { life, cause, moment: Some(moment), at });
+                }
+                Some(Event::Reset { cause, .. }) if cause == first && first_may_come => {
+                    first_may_come = false;
+                }
+                // Its order came before the reset's, so this does too.
+                Some(Event::Nmi(_)) if moment == Moment::NmiPending => {}
+                Some(event) => return Err(self.unexpected(event)),
+                None => {
+                    let timeout = self.plan.timeout;
+                    let words =
+                        format!("no reset within {timeout:?} after one by {last} was asked for");
+                    return Err(self.failure(FailureKind::NoReset, words));
+                }
+            }
+        }
+    }
+}
+
+fn guest_reset(cause: Cause) -> Option<GuestReset> {
+    match cause {
+        Cause::PowerOn | Cause::Host => None,
+        Cause::I8042 => Some(GuestReset::I8042),
+        Cause::Cf9 => Some(GuestReset::Cf9),
+        Cause::Acpi => Some(GuestReset::Acpi),
+        Cause::Triple => Some(GuestReset::Triple),
+    }
+}

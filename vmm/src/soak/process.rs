@@ -1,0 +1,189 @@
+//! A machine's process as the coordinator sees it: started, listened to, told to end.
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::line::Line;
+
+/// What comes from a machine's process.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// A line.
+    Line(Box<Line>),
+    /// Bytes that are none.
+    Nonsense(String),
+    /// Nothing more will come.
+    Closed,
+}
+
+/// A line with evidence has a few hundred thousand bytes.
+const LONGEST_LINE: u64 = 8 << 20;
+
+/// A process that runs one machine.
+pub(super) struct Process {
+    child: Child,
+    errors: Arc<Mutex<VecDeque<String>>>,
+    error_reader: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Process {
+    /// Starts this program with `arguments`. What it says goes to `outbox`, each with `name`.
+    pub fn start<N: Copy + Send + 'static>(
+        arguments: &[String],
+        name: N,
+        outbox: SyncSender<(N, Said)>,
+    ) -> io::Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("cleanslate").args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // A terminal's signals are for the coordinator, which tells its processes.
+        command.process_group(0);
+        let mut child = command.spawn()?;
+        let errors = Arc::default();
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name.into()).spawn(work)
+        };
+        let kept = Arc::clone(&errors);
+        let error_reader =
+            spawn("stderr", Box::new(move || stderr.into_iter().for_each(|s| keep(s, &kept))))
+                .and_then(|reader| {
+                    let listen = move || stdout.into_iter().for_each(|s| listen(s, name, &outbox));
+                    spawn("stdout", Box::new(listen)).map(|_| reader)
+                });
+        match error_reader {
+            Ok(reader) => Ok(Self { child, errors, error_reader: Some(reader) }),
+            Err(error) => {
+                let _ = child.kill().and_then(|()| child.wait());
+                Err(error)
+            }
+        }
+    }
+
+    /// Tells it to end as Ctrl-C does.
+    pub fn ask_to_end(&self) {
+        // It may have ended already, and nobody has waited for it yet, so the number is still its own.
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+    }
+
+    /// Ends it, whatever it does.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+    }
+
+    /// Waits for its end, which is near: its output is closed.
+    pub fn wait(&mut self) -> io::Result<(ExitStatus, Vec<String>)> {
+        let status = self.child.wait()?;
+        if let Some(reader) = self.error_reader.take() {
+            let _ = reader.join();
+        }
+        Ok((status, self.errors()))
+    }
+
+    /// The last lines of its stderr.
+    pub fn errors(&self) -> Vec<String> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Has no effect on one that was waited for. Its janitor removes what it had.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Hands on lines until the stream ends or nobody wants them.
+fn listen<N: Copy>(stream: impl Read, name: N, outbox: &SyncSender<(N, Said)>) {
+    let mut stream = BufReader::with_capacity(64 * 1024, stream);
+    let mut bytes = Vec::new();
+    loop {
+        bytes.clear();
+        let said = match (&mut stream).take(LONGEST_LINE).read_until(b'\n', &mut bytes) {
+            Ok(0) | Err(_) => Said::Closed,
+            Ok(_) => match serde_json::from_slice(&bytes) {
+                Ok(line) => Said::Line(Box::new(line)),
+                Err(error) => Said::Nonsense(error.to_string()),
+            },
+        };
+        let is_last = matches!(said, Said::Closed);
+        if outbox.send((name, said)).is_err() || is_last {
+            return;
+        }
+    }
+}
+
+/// Keeps the last lines.
+fn keep(stream: impl Read, kept: &Mutex<VecDeque<String>>) {
+    const MOST_LINES: usize = 20;
+    const LONGEST: u64 = 4096;
+    let mut stream = BufReader::new(stream);
+    let mut bytes = Vec::new();
+    while let Ok(1..) = (&mut stream).take(LONGEST).read_until(b'\n', &mut bytes) {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == MOST_LINES {
+            kept.pop_front();
+        }
+        kept.push_back(super::printable(String::from_utf8_lossy(&bytes).trim_end()));
+        bytes.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    fn heard(bytes: &[u8]) -> Vec<Said> {
+        let (outbox, inbox) = sync_channel(64);
+        listen(bytes, 7, &outbox);
+        drop(outbox);
+        inbox
+            .into_iter()
+            .map(|(name, said)| {
+                assert_eq!(name, 7);
+                said
+            })
+            .collect()
+    }
+
+    #[test]
+    fn lines_are_told_from_nonsense() {
+        let said =
+            heard(b"{\"line\":\"verdict\",\"verdict\":\"clean\"}\nxyz\n{\"line\":\"life\"}\n{\"li");
+        let kinds: Vec<_> = said
+            .iter()
+            .map(|said| match said {
+                Said::Line(_) => "line",
+                Said::Nonsense(_) => "nonsense",
+                Said::Closed => "closed",
+            })
+            .collect();
+        assert_eq!(kinds, ["line", "nonsense", "nonsense", "nonsense", "closed"]);
+    }
+
+    #[test]
+    fn a_line_without_an_end_takes_no_more_memory_than_one_may() {
+        let said = heard(&vec![b' '; LONGEST_LINE as usize + 10]);
+        assert_eq!(said.len(), 3, "{said:?}");
+    }
+
+    #[test]
+    fn only_the_last_errors_are_kept() {
+        let kept = Mutex::default();
+        keep(
+            &*(0..100).fold(String::new(), |all, n| format!("{all}error {n}\n")).into_bytes(),
+            &kept,
+        );
+        let kept = kept.into_inner().unwrap();
+        assert_eq!((kept.len(), kept.back().map(String::as_str)), (20, Some("error 99")));
+    }
+}
