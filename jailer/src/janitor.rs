@@ -97,7 +97,7 @@ impl Janitor {
 
     /// The socket at `path` was made and is the file with this device and inode: another in its place stays.
     pub fn identify_socket(&mut self, path: &Path, identity: (u64, u64)) {
-        self.forget(path);
+        self.things.retain(|thing| thing.path() != path);
         self.remove(Thing::Socket(path.into(), Some(identity)));
     }
 
@@ -249,6 +249,8 @@ impl List {
             b'g' => self.things.push(Thing::Group(path)),
             b'd' => self.things.push(Thing::Directory(path)),
             b's' => {
+                // What was said of it before was less. In one message: between two the caller could die.
+                self.things.retain(|thing| thing.path() != path);
                 self.things.push(Thing::Socket(path, (identity != (0, 0)).then_some(identity)));
             }
             b'f' => self.things.retain(|thing| thing.path() != path),
@@ -355,7 +357,6 @@ mod tests {
         list.note(&message(b's', (0, 0), "socket"), None);
         list.note(&message(b'd', (0, 0), "/dir"), None);
         list.note(&message(b'f', (0, 0), "/dir"), None);
-        list.note(&message(b'f', (0, 0), "socket"), None);
         list.note(&message(b's', (7, 8), "socket"), None);
         list.note(b"short", None);
         assert_eq!(
