@@ -26,7 +26,7 @@ const ALWAYS: [&str; 44] = [
     "fpu.xmm0",
     "fpu.xmm15",
     "ioapic.pin0",
-    "ioapic.pin23",
+    "ioapic.pin21",
     "lapic.base",
     "lapic.icr",
     "lapic.irr1",
