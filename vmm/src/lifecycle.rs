@@ -34,9 +34,9 @@ pub struct Plan {
     pub timeout: Duration,
 }
 
-/// How far from its overflow a counter is left running before a reset: a tenth of a second. If it survives, the next life
+/// How far from its overflow a counter is left running before a reset: half a second or less. If it survives, the next life
 /// is far enough by then to take the NMI.
-const OVERFLOW_IN_CYCLES: u64 = 1 << 28;
+const OVERFLOW_IN_CYCLES: u64 = 1 << 30;
 
 /// How long an overflow may take to become an NMI, on a busy host: a second or less.
 const DELIVERY_TICKS: u64 = 1 << 31;

@@ -72,13 +72,14 @@ pub fn poison(params: &Params) -> Vec<Poisoning> {
         add(name.into(), Ok(mark_of(name)));
     }
     let looked = first_look::early().is_some();
+    let system = SystemRegisters::read();
     for name in first_look::EARLY {
         let held = match (looked, name) {
             (false, _) => Err("the command line does not begin with look=first".into()),
             (true, "seg.cs") => {
                 Err("the entry point has the selector of the agent's ring 0".into())
             }
-            (true, name) => Ok(live_value(name)),
+            (true, name) => Ok(live_value(name, &system)),
         };
         add(name.into(), held);
     }
@@ -136,13 +137,12 @@ fn mark_of(name: &str) -> u64 {
 }
 
 /// What a register of [`first_look::EARLY`] holds from now on, most of them because the agent runs with that.
-fn live_value(name: &str) -> u64 {
+fn live_value(name: &str, system: &SystemRegisters) -> u64 {
     /// Of ring 3; ring 0 has none.
     const USER_DATA: u64 = 0x2b;
     const X2APIC_BASE: u32 = 0x1b;
     const EFER: u32 = 0xc000_0080;
     const SPURIOUS_VECTOR: u32 = 0x80f;
-    let system = SystemRegisters::read();
     let msr = |index| residue::read_one(index, &mut CpuMsrs).unwrap_or(0);
     match name {
         "seg.ss" => USER_DATA,
@@ -165,8 +165,12 @@ fn live_value(name: &str) -> u64 {
     }
 }
 
+/// Every third pin, but for those of devices: each access to one costs a way to the monitor and back.
 fn free_pins(params: &Params) -> Vec<u8> {
-    (0..io_apic::PINS).filter(|pin| params.devices().all(|device| device.irq != *pin)).collect()
+    (0..io_apic::PINS)
+        .step_by(3)
+        .filter(|pin| params.devices().all(|device| device.irq != *pin))
+        .collect()
 }
 
 fn pin_name(pin: u8) -> String {
