@@ -203,10 +203,10 @@ fn a_counter_of_cycles_not_halted_sleeps_with_its_processor() {
         return;
     }
     /// Many times the way to the overflow.
-    const SLEEP: Duration = Duration::from_millis(700);
+    const SLEEP: Duration = Duration::from_millis(1500);
     let dir = temp_dir();
-    // Some 13 ms: the guest is asleep long before, even on a busy host. An NMI would wake it, and it has no way to take one.
-    let guest = start_at(1 << 25, with_nmis_at_overflow().print("s"), CYCLES).halt();
+    // Some 0.4 s: the guest is asleep long before, even on a busy host. An NMI would wake it, and it has no way to take one.
+    let guest = start_at(1 << 30, with_nmis_at_overflow().print("s"), CYCLES).halt();
     let kernel = file(&dir, "guest.elf", &guest.elf());
     let arguments = ["run", "--no-jail", "--pmu", "emulated", "--kernel", kernel.to_str().unwrap()];
     let mut program = Started::new(cleanslate(&arguments));
