@@ -8,7 +8,9 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::harness::{Outcome, Started, cleanslate, eventually, run, signal, temp_dir};
+use crate::harness::{
+    Outcome, Started, cleanslate, eventually, machine_of_process, run, signal, temp_dir,
+};
 
 /// Lines of JSON.
 #[track_caller]
@@ -51,25 +53,10 @@ fn kill(pid: i32, signal: Signal) {
     kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-/// The jailed process that `caller` has started: the first of a namespace.
+/// The jailed process that `caller` has started.
+#[track_caller]
 fn machine_of(caller: i32) -> i32 {
-    let parent = caller.to_string();
-    let mut found = None;
-    eventually("there is a process for the machine", || {
-        let all = fs::read_dir("/proc").unwrap().filter_map(|entry| {
-            entry.unwrap().file_name().to_str().and_then(|name| name.parse::<i32>().ok())
-        });
-        found = all.into_iter().find(|pid| {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let values = |name| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                line.unwrap_or_default().split_whitespace()
-            };
-            values("PPid:").eq([parent.as_str()]) && values("NSpid:").count() == 2
-        });
-        found.is_some()
-    });
-    found.unwrap()
+    machine_of_process(caller as u32) as i32
 }
 
 /// A soak that runs until something ends it, after each of its machines has had a few lives.

@@ -209,9 +209,9 @@ pub(crate) fn stop_this_process() {
 pub(crate) fn is_network_namespace(file: &impl AsFd) -> bool {
     // Other files may know another request by this number.
     let is_namespace = rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == libc::NSFS_MAGIC);
-    // SAFETY: this request of a namespace's descriptor takes no argument and returns a number.
-    is_namespace
-        && unsafe { libc::ioctl(file.as_fd().as_raw_fd(), NS_GET_NSTYPE) } == libc::CLONE_NEWNET
+    // SAFETY: this request takes no argument, touches no memory and returns a number.
+    let kind = || unsafe { libc::ioctl(file.as_fd().as_raw_fd(), NS_GET_NSTYPE) };
+    is_namespace && kind() == libc::CLONE_NEWNET
 }
 
 /// Overwrites the environment and forgets it: a copy of the caller has it in its memory. The process has one thread.

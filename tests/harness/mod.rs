@@ -179,7 +179,13 @@ pub fn signal(child: &Child, signal: rustix::process::Signal) {
 /// has a second number, in a namespace of its own.
 #[track_caller]
 pub fn machine_of(child: &Child) -> u32 {
-    let parent = child.id().to_string();
+    machine_of_process(child.id())
+}
+
+/// As [`machine_of`], for a program by its number.
+#[track_caller]
+pub fn machine_of_process(program: u32) -> u32 {
+    let parent = program.to_string();
     let mut found = None;
     eventually("there is a process for the machine", || {
         let pids = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {

@@ -52,9 +52,9 @@ pub fn handle_sigsys(report: OwnedFd) -> io::Result<()> {
 /// Reports the call and ends the process. One straight line without a lock, an allocation or a way back; should the report
 /// fail, the end comes all the same.
 extern "C" fn end(_: c_int, info: *const SigsysInfo, context: *const c_void) -> ! {
+    let context = context.cast::<libc::ucontext_t>();
     // SAFETY: the kernel passes both to a handler with SA_SIGINFO, valid until it returns.
-    let (info, registers) =
-        unsafe { (&*info, &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs) };
+    let (info, registers) = unsafe { (&*info, &(*context).uc_mcontext.gregs) };
     let argument = |register: c_int| registers[register as usize] as u64;
     let report = Report {
         thread: info.errno,
