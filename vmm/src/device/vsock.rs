@@ -1,12 +1,11 @@
 //! virtio-vsock (virtio 1.2, section 5.10): stream sockets between the guest and Unix sockets of the host.
 //!
-//! This file owns the queues and decides when which side is served. Below it, from the wire to the host:
-//! `ring` and `chain` find a packet's bytes, `packet` gives them names, `connection` with `credit` says what they mean,
-//! `endpoint` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`,
-//! `credit` and `connection` know no descriptor and no queue.
+//! This file owns the queues and decides when which side is served. `virtio::ring` and `virtio::chain` find a packet's
+//! bytes; from there to the host, `packet` gives them names, `connection` with `credit` says what they mean, `endpoint`
+//! ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`, `credit` and
+//! `connection` know no descriptor and no queue.
 
 mod backlog;
-mod chain;
 mod clients;
 mod connection;
 mod connector;
@@ -15,7 +14,6 @@ mod endpoint;
 mod host;
 mod packet;
 mod poll;
-mod ring;
 mod stats;
 mod table;
 mod traffic;
@@ -27,14 +25,14 @@ use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use self::chain::Direction;
 pub use self::connector::VsockConnector;
 use self::host::Host;
 use self::packet::HEADER_LEN;
 pub use self::packet::{GuestCid, GuestPort, HostPort};
-use self::ring::{BrokenRing, Ring};
 pub use self::stats::VsockStats;
 pub use self::unix::{Listener, SocketFile, VsockError};
+use super::virtio::chain::Direction;
+use super::virtio::ring::{BrokenRing, Ring};
 use super::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::memory::GuestRam;
 

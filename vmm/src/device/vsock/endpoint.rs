@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 
 use super::backlog::Backlog;
-use super::chain::Chain;
 use super::connection::Connection;
 use super::credit::BUF_ALLOC;
 use super::packet::{ConnectionKey, HEADER_LEN, Op, Shutdown};
 use super::poll::{Event, Interest, Poller, Token};
 use super::stats::VsockStats;
 use super::unix;
+use crate::device::virtio::chain::Chain;
 use crate::memory::GuestRam;
 
 /// Who opened a connection.

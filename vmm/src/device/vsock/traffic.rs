@@ -1,10 +1,10 @@
 //! Packets between the guest and the connections, one chain at a time.
 
-use super::chain::Chain;
 use super::connection::{Verdict, Violation};
 use super::host::Host;
 use super::packet::{ConnectionKey, HEADER_LEN, Header, Op, Parsed};
 use super::poll::PORT_ANY;
+use crate::device::virtio::chain::Chain;
 use crate::memory::GuestRam;
 
 /// Most refusals that wait for the guest to post buffers. Beyond that, its packets wait instead.

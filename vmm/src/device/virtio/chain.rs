@@ -1,4 +1,4 @@
-//! Descriptor chains (virtio 1.2, section 2.7.5): a packet's bytes, wherever the guest has put them.
+//! Descriptor chains (virtio 1.2, section 2.7.5): a request's bytes, wherever the guest has put them.
 //!
 //! `virtio_vsock::VsockPacket` wants the payload in one descriptor. The specification leaves the framing to the driver
 //! (section 2.7.4), and Linux does use many for zero-copy sends, hence this walker. A chain is an allegation until
