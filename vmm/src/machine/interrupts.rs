@@ -10,11 +10,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use super::MachineError;
-
-/// Status of a process that a signal ended, as shells give it for SIGINT.
-const EXIT_INTERRUPTED: i32 = 130;
+use crate::exit;
 
 /// Becomes readable when SIGINT, SIGTERM or SIGHUP asks the process to end. A second such signal ends it on the spot.
+/// SIGHUP that is ignored stays so: `nohup` has asked for that.
 #[derive(Debug)]
 pub struct Interrupts(UnixStream);
 
@@ -30,8 +29,13 @@ impl Interrupts {
     fn register() -> io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         let asked_before = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, asked_before.clone())?;
+        let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+        for signal in [SIGINT, SIGTERM].into_iter().chain(hangup) {
+            flag::register_conditional_shutdown(
+                signal,
+                exit::INTERRUPTED.into(),
+                asked_before.clone(),
+            )?;
             flag::register(signal, asked_before.clone())?;
             signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
         }
@@ -49,6 +53,14 @@ impl Interrupts {
         // The byte says no more than that a signal came.
         let _ = self.0.read(&mut [0; 16]);
     }
+}
+
+/// Whether this process was started with `signal` ignored. In a jail nobody can tell, and nobody hangs up there.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
 }
 
 impl AsRawFd for Interrupts {
