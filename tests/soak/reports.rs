@@ -66,6 +66,11 @@ fn a_finding_ends_the_soak_and_its_bundle_replays_it() {
     let words = facts["replay"].as_str().unwrap().strip_prefix("cleanslate ").unwrap();
     assert!(read("replay.sh").ends_with(&format!(" {words} \"$@\"\n")), "{}", read("replay.sh"));
     let replayed = replay.json();
+    // The same lives came to that point, in the middle of the same.
+    let soaked: Vec<_> = all.iter().filter(|line| line["vm"] == found["vm"]).collect();
+    let lived = replayed["lives"].as_array().unwrap().iter().zip(soaked);
+    let moments: Vec<_> = lived.map(|(a, b)| (&a["moment"], &b["moment"])).collect();
+    assert!(moments.len() > 1 && moments.iter().all(|(a, b)| a == b), "{moments:?}");
     let of_life = |f: &&Value| f["life"] == found["life"];
     let again: Vec<_> = replayed["findings"].as_array().unwrap().iter().filter(of_life).collect();
     assert!(found["findings"].as_array().is_some_and(|all| !all.is_empty()), "{outcome}");
