@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::harness::process::Process;
 use crate::harness::{
-    Outcome, Started, cleanslate, eventually, machine_of_process, run, signal, temp_dir,
+    Outcome, PATIENCE, Started, cleanslate, eventually, machine_of_process, run, signal, temp_dir,
 };
 
 /// Lines of JSON.
@@ -61,6 +61,14 @@ impl Running {
     #[track_caller]
     fn new(mut program: Started, dir: tempfile::TempDir, vms: usize) -> Self {
         let stdout = BufReader::new(program.child.stdout.take().unwrap());
+        // Who reads from one that never says what it should would read for ever.
+        let coordinator = Process::new(program.child.id()).expect("the soak runs");
+        std::thread::spawn(move || {
+            std::thread::sleep(PATIENCE);
+            if coordinator.is_there() {
+                coordinator.signal(Signal::KILL);
+            }
+        });
         let mut running = Self { program, dir, stdout, seen: String::new(), processes: Vec::new() };
         for vm in 1..=vms {
             running.read_until(|line| line["vm"] == vm && line["life"].as_u64() > Some(3));

@@ -25,8 +25,11 @@ const LIFE: &str = r#"echo '{"line":"life","life":1,"cause":"host","findings":[]
 #[test]
 fn a_flood_is_one_finding() {
     let check = |command: fn(&[String]) -> Command| {
-        let (ending, names) = soak(&Plan::example(), command);
-        assert_eq!((ending, names), (Some(Ending::Finding), vec!["vm-failed".into()]));
+        for (keep_going, expected) in [(false, Ending::Finding), (true, Ending::Complete)] {
+            let plan = Plan { keep_going, ..Plan::example() };
+            let (ending, names) = soak(&plan, command);
+            assert_eq!((ending, names), (Some(expected), vec!["vm-failed".into()]));
+        }
     };
     check(|_| shell("exec yes nonsense"));
     // Of what it could say, more than there can be.
