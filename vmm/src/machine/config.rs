@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use agent_protocol::Cause;
 
 use crate::boot::{self, BootError, Payload};
+use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
@@ -12,7 +13,7 @@ use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
-use crate::layout;
+use crate::layout::{self, VirtioSlot};
 
 /// vsock address of the guest: the first one that is not reserved (virtio 1.2, section 5.10.4).
 pub const GUEST_CID: u64 = 3;
@@ -21,6 +22,9 @@ pub const GUEST_CID: u64 = 3;
 const MIN_MEM_MIB: u64 = 4;
 /// Largest RAM, in MiB (512 GiB).
 const MAX_MEM_MIB: u64 = 512 * 1024;
+
+/// The most disks: one slot is for vsock, one for rng.
+pub const MOST_DISKS: usize = layout::VIRTIO_SLOTS - 2;
 
 /// What to do when the guest asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +62,12 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// A virtio-rng device.
+    pub rng: bool,
+    /// Virtio-blk devices.
+    pub disks: Vec<DiskConfig>,
+    /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
+    pub dma_platform: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }
@@ -68,6 +78,9 @@ pub enum ConfigError {
     /// Too little or too much RAM.
     #[error("--mem {0} MiB is not between {MIN_MEM_MIB} and {MAX_MEM_MIB} MiB")]
     Memory(u64),
+    /// Too many disks.
+    #[error("--disk is given {0} times; a machine has {MOST_DISKS} disks at most")]
+    Disks(usize),
     /// No or too many vCPUs.
     #[error(
         "--vcpus {wanted} is not between 1 and {max}, the most that this KVM gives one machine"
@@ -81,6 +94,12 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// The places of its virtio devices, in the order in which they are built.
+    pub(super) fn virtio_slots(&self) -> impl Iterator<Item = VirtioSlot> {
+        const VSOCK: usize = 1;
+        layout::virtio_slots().take(VSOCK + usize::from(self.rng) + self.disks.len())
+    }
+
     /// The number of vCPUs, checked like everything else that only this host can tell.
     pub(super) fn checked_vcpus(&self, kvm: &Kvm) -> Result<u8, ConfigError> {
         if !(MIN_MEM_MIB..=MAX_MEM_MIB).contains(&self.mem_mib) {
@@ -96,13 +115,14 @@ impl Config {
     /// The command line of life `life`: devices in Linux's syntax; for the agent also the ports by which it resets the
     /// machine and turns it off, and which life it is; the user's words last, as Linux wants what follows `--`.
     pub(super) fn command_line(&self, life: u32, cause: Cause) -> String {
-        let (base, pin) = (layout::VIRTIO_MMIO_BASE, layout::VIRTIO_PIN);
         let mut words = Vec::new();
         if self.looks_first {
             // At the very beginning, where the first instructions can find it.
             words.push("look=first".into());
         }
-        words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
+        for VirtioSlot { base, pin } in self.virtio_slots() {
+            words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
+        }
         if matches!(self.payload, Payload::Agent) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
@@ -113,6 +133,14 @@ impl Config {
             words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Refuses more disks than there are slots for.
+    pub(super) fn check_disks(&self) -> Result<(), ConfigError> {
+        match self.disks.len() {
+            0..=MOST_DISKS => Ok(()),
+            count => Err(ConfigError::Disks(count)),
+        }
     }
 
     /// Refuses to leave RAM as it is where there is none besides the agent's.

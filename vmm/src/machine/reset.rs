@@ -7,7 +7,7 @@ use agent_protocol::Cause;
 use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
-use crate::bus::Shared;
+use crate::bus::lock;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
 use crate::fault::{Fault, Faults};
 use crate::layout;
@@ -24,8 +24,9 @@ impl Machine {
         self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
         let stale_event = self.config.faults.has(Fault::EventBuffersStale);
-        let stale_event =
-            stale_event.then(|| lock(&self.devices.vsock).oldest_request(EVENT_QUEUE)).flatten();
+        let stale_event = stale_event
+            .then(|| lock(&self.devices.virtio.vsock).oldest_request(EVENT_QUEUE))
+            .flatten();
         self.devices.reset(&self.config.faults);
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
         let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
@@ -75,7 +76,7 @@ impl Machine {
 impl Devices {
     /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
     fn reset(&self, faults: &Faults) {
-        lock(&self.vsock).reset();
+        self.virtio.all.iter().for_each(|device| lock(device).reset());
         lock(&self.console).reset();
         lock(&self.nmi_status).reset();
         *lock(&self.reset_control) = Default::default();
@@ -83,9 +84,4 @@ impl Devices {
             self.ioapic.reset();
         }
     }
-}
-
-fn lock<D>(device: &Shared<D>) -> std::sync::MutexGuard<'_, D> {
-    // vCPUs are parked; a panic under the lock has ended the process already or failed a test.
-    device.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
