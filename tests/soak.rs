@@ -189,7 +189,9 @@ fn a_soak_that_cannot_be_is_refused_in_one_line() {
     };
     check(&["--vms", "0"], "--vms");
     check(&["--vms", "1025"], "1025 is not in 1..=1024");
-    check(&["--vms", "1024", "--mem", "1024"], "fill 1048576 MiB of RAM, and this host has");
+    // If it were not refused for that, none would start all the same.
+    let too_many = ["--vms", "1024", "--mem", "1024", "--parent-cgroup", "no/../where"];
+    check(&too_many, "fill 1048576 MiB of RAM, and this host has");
     check(&["--vms", "2", "--first-vm", "1073741824"], "beyond the highest number");
     check(&["--resets", "0"], "--resets");
     check(&["--causes", "kexec"], "known are host, i8042, cf9, acpi, triple");

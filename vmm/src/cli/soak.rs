@@ -260,18 +260,17 @@ impl Arguments {
             let parsed = Run::try_parse_from(&sample[1..]).map_err(super::in_one_line)?;
             parsed.arguments.config()?;
         }
-        self.check_memory()?;
+        // A host that does not say is believed to have enough.
+        self.check_memory(available_mib().unwrap_or(u64::MAX))?;
         Ok(plan)
     }
 
-    /// Whether all machines fit into the host: if not, it would kill processes, and maybe others than ours.
-    fn check_memory(&self) -> Result<(), SoakError> {
+    /// Whether all machines fit into a host with so much to spare: if not, it would kill processes, and maybe others than ours.
+    fn check_memory(&self, available_mib: u64) -> Result<(), SoakError> {
         let needed_mib = u64::from(self.vms) * self.mem.min(POISONED_MIB);
-        match available_mib() {
-            Some(available_mib) if !self.no_poison && needed_mib > available_mib => {
-                Err(SoakError::Memory { vms: self.vms, needed_mib, available_mib })
-            }
-            _ => Ok(()),
+        match !self.no_poison && needed_mib > available_mib {
+            true => Err(SoakError::Memory { vms: self.vms, needed_mib, available_mib }),
+            false => Ok(()),
         }
     }
 
@@ -341,6 +340,27 @@ pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Soak {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn machines_that_would_fill_the_host_are_refused() {
+        let check = |options: &[&str], available_mib, is_good| {
+            let words = [&["soak"], options].concat();
+            let arguments = Soak::try_parse_from(words).unwrap().arguments;
+            assert_eq!(arguments.check_memory(available_mib).is_ok(), is_good, "{options:?}");
+        };
+        check(&["--vms", "4"], 512, true);
+        check(&["--vms", "4"], 511, false);
+        check(&["--vms", "4", "--mem", "256"], 512, false);
+        check(&["--vms", "4", "--no-poison"], 511, true);
+        // Poison stops there.
+        check(&["--vms", "2", "--mem", "8192"], 2048, true);
+    }
 
     #[test]
     fn times_have_units() {
