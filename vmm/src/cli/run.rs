@@ -120,6 +120,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -194,6 +199,7 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             // The jail knows.
             seccomp: false,
         })

@@ -1,8 +1,8 @@
-//! virtio-vsock (virtio 1.2, section 5.10): stream sockets between the guest and Unix sockets of the host.
+//! virtio-vsock (virtio 1.2, section 5.10): sockets for streams and for messages between the guest and Unix sockets of the host.
 //!
 //! This file owns the queues and decides when which side is served. `virtio::ring` and `virtio::chain` find a packet's
 //! bytes; from there to the host, `packet` gives them names, `connection` with `credit` says what they mean, `endpoint`
-//! ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`, `credit` and
+//! with `payload` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`, `credit` and
 //! `connection` know no descriptor and no queue.
 
 mod backlog;
@@ -13,6 +13,7 @@ mod credit;
 mod endpoint;
 mod host;
 mod packet;
+mod payload;
 mod poll;
 mod stats;
 mod table;
@@ -23,6 +24,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 pub use self::connector::VsockConnector;
@@ -40,8 +42,13 @@ use crate::memory::GuestRam;
 const DEVICE_ID: u32 = 19;
 
 const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// Buffers come back in the order in which they were posted: each queue is served from its front alone.
+const F_IN_ORDER: u64 = 1 << VIRTIO_F_IN_ORDER;
+/// Sockets for streams and for messages (section 5.10.3).
+const F_STREAM: u64 = 1 << 0;
+const F_SEQPACKET: u64 = 1 << 1;
 
-/// Queues (virtio 1.2, section 5.10.2). The third carries events, of which there are none yet.
+/// Queues (virtio 1.2, section 5.10.2): packets to the guest, packets to the host, events.
 const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
 
 /// Number of the queue for events.
@@ -60,12 +67,23 @@ pub struct Vsock {
     needs_reset: bool,
 }
 
+/// An event that the guest has to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    /// Its connections are gone.
+    Reset,
+}
+
 /// The guest's side while its driver runs.
 #[derive(Debug)]
 struct Guest {
     ram: GuestRam,
     to_guest: Ring,
     to_host: Ring,
+    /// Drivers need not set it up.
+    events: Option<Ring>,
+    due: Due,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -109,6 +127,19 @@ impl Vsock {
         self.host.shut_down();
     }
 
+    /// Ends all connections, and tells the guest so by the event `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2, section
+    /// 5.10.6.7) as soon as it has posted a buffer for it: the guest's sockets end, and those that listen stay. For a guest
+    /// whose host side is another than it was, as after a restore.
+    pub fn reset_transport(&mut self) {
+        // What is on its way belongs to the connections that end.
+        self.serve();
+        self.host.drop_connections();
+        if let Some(guest) = &mut self.guest {
+            guest.due = Due::Reset;
+        }
+        self.serve();
+    }
+
     /// What the device has counted so far.
     pub fn stats(&self) -> VsockStats {
         self.host.stats
@@ -148,24 +179,51 @@ impl Guest {
         };
         let to_guest = ring(Direction::ToGuest)?;
         let to_host = ring(Direction::ToHost)?;
+        let events = ring(Direction::ToGuest)?;
         Ok(to_guest.zip(to_host).map(|(to_guest, to_host)| Self {
             ram,
             to_guest,
             to_host,
+            events,
+            due: Due::Nothing,
             interrupt,
         }))
     }
 
     /// Serves each queue once. True if there is more to do, so that other devices get their turn first.
     fn serve(&mut self, host: &mut Host) -> Result<bool, BrokenRing> {
+        let told = self.tell_events(host)?;
         let to_host = self.drain(host)?;
         let to_guest = self.fill(host)?;
-        if self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)? {
+        let events = match &mut self.events {
+            Some(events) => events.must_signal(&self.ram)?,
+            None => false,
+        };
+        if self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)? | events {
             self.interrupt.signal_used();
         }
         // Without buffers for what the guest is owed, it is the guest's move.
         let resume = to_host == Pause::NoBuffers && to_guest == Pause::Done;
-        Ok(to_host == Pause::Enough || to_guest == Pause::Enough || resume)
+        Ok([told, to_host, to_guest].contains(&Pause::Enough) || resume)
+    }
+
+    /// Tells the guest what is due, if it has posted a buffer for it; otherwise it does so with its next one.
+    fn tell_events(&mut self, host: &mut Host) -> Result<Pause, BrokenRing> {
+        let Some(events) = self.events.as_mut().filter(|_| self.due == Due::Reset) else {
+            return Ok(Pause::Done);
+        };
+        if !events.take(&self.ram, TRANSPORT_RESET.len(), &mut host.stats.bad_chains)? {
+            let came_meanwhile = events.listen(&self.ram)?;
+            return Ok(if came_meanwhile { Pause::Enough } else { Pause::NoBuffers });
+        }
+        // What was opened while the guest did not know is lost to it as well.
+        host.drop_connections();
+        // The chain was checked for room and for being in RAM.
+        if events.chain().write(&self.ram, &TRANSPORT_RESET).is_ok() {
+            events.complete(&self.ram, TRANSPORT_RESET.len() as u32)?;
+        }
+        self.due = Due::Nothing;
+        Ok(Pause::Done)
     }
 
     /// Takes packets from the guest, at most a ring full of them.
@@ -214,7 +272,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_EVENT_IDX
+        F_VERSION_1 | F_EVENT_IDX | F_IN_ORDER | F_STREAM | F_SEQPACKET
     }
 
     /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).
@@ -227,6 +285,7 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, driver: Driver) {
         let interrupt = driver.interrupt.clone();
+        self.host.start(driver.features & F_SEQPACKET != 0);
         match Guest::new(driver) {
             // Not `serve`: this may be a vCPU's thread, which must not do the event loop's work.
             Ok(guest) => {

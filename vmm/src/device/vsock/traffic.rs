@@ -2,7 +2,7 @@
 
 use super::connection::{Verdict, Violation};
 use super::host::Host;
-use super::packet::{ConnectionKey, HEADER_LEN, Header, Op, Parsed};
+use super::packet::{ConnectionKey, END_OF_MESSAGE, HEADER_LEN, Header, Op, Parsed, SocketType};
 use super::poll::PORT_ANY;
 use crate::device::virtio::chain::Chain;
 use crate::memory::GuestRam;
@@ -25,8 +25,10 @@ impl Host {
         }
         self.stats.packets_to_host += 1;
         let header = Header::from_bytes(&bytes);
-        match header.parse(self.cid) {
-            Parsed::Stream(key, op) => self.receive_stream(key, op, &header, ram, chain),
+        match header.parse(self.cid, self.seqpacket) {
+            Parsed::Packet(key, socket_type, op) => {
+                self.receive_packet(key, socket_type, op, &header, ram, chain);
+            }
             Parsed::Refuse(reply) => {
                 self.stats.bad_packets += 1;
                 self.refusals.push_back(reply);
@@ -35,7 +37,50 @@ impl Host {
         }
     }
 
-    fn receive_stream(
+    fn receive_packet(
+        &mut self,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        op: Op,
+        header: &Header,
+        ram: &GuestRam,
+        chain: &Chain,
+    ) {
+        if key.host.0 == PORT_ANY {
+            return self.receive_unknown(key, socket_type, op, header);
+        }
+        if op == Op::Request {
+            self.make_way(key);
+        }
+        match self.table.get_mut(key).map(|endpoint| endpoint.connection.socket_type()) {
+            None => self.receive_unknown(key, socket_type, op, header),
+            Some(its_type) if its_type == socket_type => {
+                self.receive_known(key, op, header, ram, chain);
+            }
+            // A pair of ports has one connection, whatever its type, and this packet is not of it.
+            Some(_) => {
+                self.stats.bad_packets += 1;
+                if op != Op::Reset {
+                    self.refusals.push_back(header.reset_reply());
+                }
+            }
+        }
+    }
+
+    /// The guest may use a pair of ports again as soon as it is done with it, though a slow reader still has bytes to come.
+    fn make_way(&mut self, key: ConnectionKey) {
+        let is_over =
+            self.table.get_mut(key).is_some_and(|endpoint| endpoint.connection.has_ended());
+        if is_over && let Some(mut endpoint) = self.table.take(key) {
+            let parted = self.table.parted_key();
+            // It fails for a bad descriptor alone; without events the endpoint would never end.
+            if endpoint.rename(parted, &self.poller).is_ok() {
+                self.table.insert(parted, endpoint);
+            }
+        }
+    }
+
+    fn receive_known(
         &mut self,
         key: ConnectionKey,
         op: Op,
@@ -43,9 +88,7 @@ impl Host {
         ram: &GuestRam,
         chain: &Chain,
     ) {
-        let Some(endpoint) = self.table.get_mut(key) else {
-            return self.receive_unknown(key, op, header);
-        };
+        let Some(endpoint) = self.table.get_mut(key) else { return };
         match endpoint.connection.receive(op, header) {
             Verdict::Nothing | Verdict::Shutdown => {}
             Verdict::Accepted => endpoint.accepted(&mut self.stats),
@@ -56,11 +99,12 @@ impl Host {
             }
             Verdict::Payload => {
                 self.stats.bytes_to_host += u64::from(header.len);
-                endpoint.receive_payload(ram, chain, header.len);
+                let ends_message = header.flags & END_OF_MESSAGE != 0;
+                endpoint.receive_payload(ram, chain, header.len, ends_message, &mut self.stats);
             }
             Verdict::Refused => {
                 self.stats.connections_refused += 1;
-                endpoint.drop_stream();
+                endpoint.drop_socket();
             }
             Verdict::Reset => endpoint.ended_by_guest(&mut self.stats),
             Verdict::Violation(Violation::Credit) => {
@@ -80,10 +124,16 @@ impl Host {
     }
 
     /// A packet for a connection that does not exist.
-    fn receive_unknown(&mut self, key: ConnectionKey, op: Op, header: &Header) {
+    fn receive_unknown(
+        &mut self,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        op: Op,
+        header: &Header,
+    ) {
         match op {
             Op::Request => {
-                if key.host.0 == PORT_ANY || self.accept(key, header).is_none() {
+                if key.host.0 == PORT_ANY || self.accept(key, socket_type, header).is_none() {
                     self.stats.connections_refused += 1;
                     self.refusals.push_back(header.reset_reply());
                 } else {
