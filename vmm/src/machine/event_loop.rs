@@ -12,8 +12,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vcpu_thread::VcpuThread;
 use super::interrupts::Interrupt;
+use super::vcpu_thread::VcpuThread;
 use super::{
     Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
 };

@@ -1,7 +1,7 @@
 //! The signals by which others steer the process: those that ask it to end, and one that resets vsock's transport.
 
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -89,5 +89,11 @@ impl Interrupts {
 impl AsRawFd for Interrupts {
     fn as_raw_fd(&self) -> RawFd {
         self.reader.as_raw_fd()
+    }
+}
+
+impl AsFd for Interrupts {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
     }
 }

@@ -129,12 +129,30 @@ impl Listener {
     /// Connects to whoever listens for the host's port `port`, which is a socket of the same type. Does not wait: a listener
     /// whose backlog is full counts as absent.
     pub fn dial(&self, port: HostPort, socket_type: SocketType) -> io::Result<OwnedFd> {
-        let mut path = OsString::from(&self.path);
-        path.push(format!("_{}", port.0));
         let socket = new_socket(socket_type)?;
-        connect(&socket, &SocketAddrUnix::new(Path::new(&path))?)?;
+        connect(&socket, &SocketAddrUnix::new(&path_of(&self.path, port))?)?;
         Ok(socket)
     }
+}
+
+/// Where the host's port `port` is for the machine whose socket is at `path`.
+fn path_of(path: &Path, port: HostPort) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(format!("_{}", port.0));
+    name.into()
+}
+
+/// Listens on the host's port `port` for the machine whose socket is at `path`, in place of a service that the guest reaches. The
+/// listening socket does not block.
+///
+/// # Errors
+/// [`VsockError`] but for the last one.
+pub fn listen_on_host_port(
+    path: &Path,
+    port: HostPort,
+    socket_type: SocketType,
+) -> Result<(OwnedFd, SocketFile), VsockError> {
+    listen_at(&path_of(path, port), socket_type)
 }
 
 fn listen_at(path: &Path, socket_type: SocketType) -> Result<(OwnedFd, SocketFile), VsockError> {
