@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, retry_on_intr, write};
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
@@ -45,10 +45,11 @@ pub(super) fn run(socket: OwnedFd, interrupts: Option<&Interrupts>) -> Result<En
     // The writing end closes with the thread.
     let (done, doing) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(failed)?;
-    let theirs = socket.clone();
+    let sending = Arc::new(Mutex::new(()));
+    let theirs = (socket.clone(), sending.clone());
     let sender = std::thread::Builder::new()
         .spawn(move || {
-            let result = send_input(&theirs);
+            let result = send_input(&theirs.0, &theirs.1);
             drop(doing);
             result
         })
@@ -65,31 +66,48 @@ pub(super) fn run(socket: OwnedFd, interrupts: Option<&Interrupts>) -> Result<En
     if ready.get(2).is_some_and(|fd| !fd.revents().is_empty()) {
         return Ok(Ending::Interrupted);
     }
-    if ready[1].revents().is_empty() {
+    if ready[1].revents().is_empty() && !has_input(&sending)? {
         return Ok(Ending::Complete);
     }
-    // It has nothing left to do.
+    // It is done, or finds out that it cannot go on.
     sender.join().expect("the thread has not panicked")?;
     Ok(Ending::Complete)
 }
 
+/// True if there is something on standard input that was not sent, perhaps its end. `sending` is held from the moment that
+/// bytes are read until they are sent.
+fn has_input(sending: &Mutex<()>) -> Result<bool, PipeError> {
+    let _sent = sending.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut ready = [PollFd::from_borrowed_fd(rustix::stdio::stdin(), PollFlags::IN)];
+    let count = retry_on_intr(|| poll(&mut ready, Some(&now)));
+    Ok(count.map_err(|errno| PipeError::Input(errno.into()))? > 0)
+}
+
 /// Standard input to the socket; its end closes the direction.
-fn send_input(socket: &OwnedFd) -> Result<(), PipeError> {
-    let result = send_all_input(socket);
+fn send_input(socket: &OwnedFd, sending: &Mutex<()>) -> Result<(), PipeError> {
+    let result = send_all_input(socket, sending);
     // It fails if the connection is over, which the other direction finds out.
     let _ = shutdown(socket, Shutdown::Write);
     result
 }
 
-fn send_all_input(socket: &OwnedFd) -> Result<(), PipeError> {
+fn send_all_input(socket: &OwnedFd, sending: &Mutex<()>) -> Result<(), PipeError> {
     let mut buffer = vec![0; CHUNK];
+    let failed = |errno: Errno| PipeError::Input(errno.into());
     loop {
-        let len = retry_on_intr(|| read(rustix::stdio::stdin(), &mut buffer[..]))
-            .map_err(|errno| PipeError::Input(errno.into()))?;
-        if len == 0 {
-            return Ok(());
+        let mut ready = [PollFd::from_borrowed_fd(rustix::stdio::stdin(), PollFlags::IN)];
+        retry_on_intr(|| poll(&mut ready, None)).map_err(failed)?;
+        let _sending = sending.lock().unwrap_or_else(PoisonError::into_inner);
+        match retry_on_intr(|| read(rustix::stdio::stdin(), &mut buffer[..])) {
+            Ok(0) => return Ok(()),
+            Ok(len) => {
+                send_all(socket, &buffer[..len]).map_err(|errno| PipeError::Send(errno.into()))?;
+            }
+            // Somebody else has it open so, and took what there was.
+            Err(Errno::AGAIN) => {}
+            Err(errno) => return Err(failed(errno)),
         }
-        send_all(socket, &buffer[..len]).map_err(|errno| PipeError::Send(errno.into()))?;
     }
 }
 
