@@ -46,7 +46,8 @@ pub struct Decided {
 pub struct Clients {
     listener: Option<Listener>,
     slots: Vec<Option<Client>>,
-    /// Until when no client is accepted, although there may be some: a lack of descriptors does not go away by asking.
+    /// Until when no client is accepted, although there may be some: a lack of descriptors goes away when others let go of
+    /// theirs, and not by asking.
     paused_until: Option<Instant>,
     /// The listening sockets are registered for clients.
     listening: bool,
@@ -80,7 +81,7 @@ impl Clients {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(_) => {
-                    self.paused_until = Some(Instant::now() + patience);
+                    self.paused_until = Some(Instant::now() + patience / 50);
                     break;
                 }
             }

@@ -162,9 +162,7 @@ impl TestDriver {
             queues: vec![queue_0, queue_1, queue_2],
             interrupt: interrupts.clone(),
         });
-        // As the event loop does, which the activation has woken.
-        vsock.handle_backend();
-        Self {
+        let mut driver = Self {
             vsock,
             ram,
             to_guest,
@@ -176,7 +174,10 @@ impl TestDriver {
             event_idx: features & F_EVENT_IDX != 0,
             interrupts_seen: 0,
             awake: false,
-        }
+        };
+        // As the event loop does, which the activation has woken.
+        driver.run_backend();
+        driver
     }
 
     /// Posts `count` more buffers for packets to the guest.
@@ -284,7 +285,9 @@ impl TestDriver {
     pub fn backend_is_ready(&self) -> bool {
         use std::os::fd::AsFd;
         let mut fds = [PollFd::from_borrowed_fd(self.vsock.host.as_fd(), PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Tests share their process with others, and its signals.
+        rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now))).unwrap() > 0
     }
 
     /// Takes the next packet for the guest, if there is one, and posts its buffer again.
