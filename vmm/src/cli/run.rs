@@ -42,6 +42,8 @@ Exit status:
   5    with --kernel: KVM cannot run the guest any further
   130  interrupted
 
+SIGUSR1 ends all vsock connections and tells the guest so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
+
 Examples:
   cleanslate run --resets 3
   cleanslate run --resets 1000 --reset-via host --json

@@ -44,8 +44,7 @@ const DEVICE_ID: u32 = 19;
 const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// Buffers come back in the order in which they were posted: each queue is served from its front alone.
 const F_IN_ORDER: u64 = 1 << VIRTIO_F_IN_ORDER;
-/// Sockets for streams and for messages (section 5.10.3).
-const F_STREAM: u64 = 1 << 0;
+/// Sockets for messages (section 5.10.3). Those for streams are implied; Linux's devices do not offer their bit either.
 const F_SEQPACKET: u64 = 1 << 1;
 
 /// Queues (virtio 1.2, section 5.10.2): packets to the guest, packets to the host, events.
@@ -272,7 +271,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_EVENT_IDX | F_IN_ORDER | F_STREAM | F_SEQPACKET
+        F_VERSION_1 | F_EVENT_IDX | F_IN_ORDER | F_SEQPACKET
     }
 
     /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).
