@@ -127,6 +127,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH", requires = "uds")]
     uds_seqpacket: Option<PathBuf>,
 
+    /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
+    #[arg(long)]
+    dma_platform: bool,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -202,6 +206,7 @@ impl Arguments {
             console,
             vsock_path: self.uds.clone(),
             vsock_messages_path: self.uds_seqpacket.clone(),
+            dma_platform: self.dma_platform,
             // The jail knows.
             seccomp: false,
         })

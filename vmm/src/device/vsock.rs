@@ -2,8 +2,8 @@
 //!
 //! This file owns the queues and decides when which side is served. `virtio::ring` and `virtio::chain` find a packet's
 //! bytes; from there to the host, `packet` gives them names, `connection` with `credit` says what they mean, `endpoint`
-//! with `payload` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`, `credit` and
-//! `connection` know no descriptor and no queue.
+//! with `payload` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`,
+//! `credit` and `connection` know no descriptor and no queue.
 
 mod backlog;
 mod clients;
@@ -24,9 +24,6 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-
 pub use self::connector::VsockConnector;
 use self::host::Host;
 use self::packet::HEADER_LEN;
@@ -35,15 +32,12 @@ pub use self::stats::VsockStats;
 pub use self::unix::{Listener, MAX_LINE, SocketFile, VsockError, listen_on_host_port};
 use super::virtio::chain::Direction;
 use super::virtio::ring::{BrokenRing, Ring};
-use super::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::memory::GuestRam;
 
 /// Device type (virtio 1.2, section 5).
 const DEVICE_ID: u32 = 19;
 
-const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
-/// Buffers come back in the order in which they were posted: each queue is served from its front alone.
-const F_IN_ORDER: u64 = 1 << VIRTIO_F_IN_ORDER;
 /// Sockets for messages (section 5.10.3). Those for streams are implied; Linux's devices do not offer their bit either.
 const F_SEQPACKET: u64 = 1 << 1;
 
@@ -271,7 +265,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_EVENT_IDX | F_IN_ORDER | F_SEQPACKET
+        RING_FEATURES | F_IN_ORDER | F_SEQPACKET
     }
 
     /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).

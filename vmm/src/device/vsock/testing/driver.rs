@@ -9,11 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::device::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use crate::device::virtio::{
+    Driver, F_EVENT_IDX, F_IN_ORDER, F_VERSION_1, Interrupt, VirtioDevice,
+};
 use crate::device::vsock::packet::{
     ConnectionKey, GuestPort, HEADER_LEN, Header, HostPort, Op, SocketType,
 };
-use crate::device::vsock::{F_EVENT_IDX, F_IN_ORDER, F_SEQPACKET, Vsock};
+use crate::device::vsock::{F_SEQPACKET, Vsock};
 use crate::memory::GuestRam;
 
 const SIZE: u16 = 256;
