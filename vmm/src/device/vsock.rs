@@ -30,7 +30,7 @@ use self::packet::HEADER_LEN;
 pub use self::packet::{GuestCid, GuestPort, HostPort, SocketType};
 pub use self::stats::VsockStats;
 pub use self::unix::{Listener, MAX_LINE, SocketFile, VsockError, listen_on_host_port};
-use super::virtio::chain::Direction;
+use super::virtio::chain::{Chain, Direction};
 use super::virtio::ring::{BrokenRing, Ring};
 use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::memory::GuestRam;
@@ -77,6 +77,10 @@ struct Guest {
     /// Drivers need not set it up.
     events: Option<Ring>,
     due: Due,
+    /// Chains that were taken for packets to the guest, those that are kept for that, and lengths: the memory stays.
+    taken: Vec<Chain>,
+    spare: Vec<Chain>,
+    lens: Vec<u32>,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -179,6 +183,9 @@ impl Guest {
             to_host,
             events,
             due: Due::Nothing,
+            taken: Vec::new(),
+            spare: Vec::new(),
+            lens: Vec::new(),
             interrupt,
         }))
     }
@@ -241,17 +248,41 @@ impl Guest {
             if !host.has_packet() {
                 return Ok(Pause::Done);
             }
-            // A buffer without room for a byte of payload would block the queue.
-            if self.to_guest.take(&self.ram, HEADER_LEN + 1, &mut host.stats.bad_chains)? {
-                match host.send(&self.ram, self.to_guest.chain()) {
-                    Some(len) => self.to_guest.complete(&self.ram, len)?,
-                    None => self.to_guest.put_back(),
+            self.take_buffers(host)?;
+            if self.taken.is_empty() {
+                if self.to_guest.listen(&self.ram)? {
+                    continue;
                 }
-            } else if !self.to_guest.listen(&self.ram)? {
                 return Ok(Pause::NoBuffers);
             }
+            host.send(&self.ram, &self.taken, &mut self.lens);
+            let (used, unused) = self.taken.split_at(self.lens.len());
+            unused.iter().for_each(|_| self.to_guest.put_back());
+            for (chain, len) in used.iter().zip(self.lens.drain(..)) {
+                self.to_guest.complete_chain(&self.ram, chain, len)?;
+            }
+            self.spare.append(&mut self.taken);
         }
         Ok(Pause::Enough)
+    }
+
+    /// Takes as many buffers as the next packets can use.
+    fn take_buffers(&mut self, host: &mut Host) -> Result<(), BrokenRing> {
+        // A buffer without room for a byte of payload would block the queue.
+        const LEAST: usize = HEADER_LEN + 1;
+        for number in 0..host.buffers_wanted() {
+            let is_taken = match number {
+                0 => self.to_guest.take(&self.ram, LEAST, &mut host.stats.bad_chains)?,
+                _ => self.to_guest.take_sound(&self.ram, LEAST)?,
+            };
+            if !is_taken {
+                break;
+            }
+            let new = || Chain::new(Direction::ToGuest, self.to_guest.size());
+            let spare = self.spare.pop().unwrap_or_else(new);
+            self.taken.push(self.to_guest.take_out(spare));
+        }
+        Ok(())
     }
 }
 

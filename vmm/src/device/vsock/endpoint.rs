@@ -44,6 +44,8 @@ pub struct Endpoint {
     pub(super) peeked: u32,
     /// The socket has bytes or an end of file, as far as is known.
     pub(super) readable: bool,
+    /// The last read from it filled all the room there was: there are probably more bytes than fit into one buffer of the guest.
+    pub(super) is_bulk: bool,
     /// The other end of the socket sends no more; there may be bytes left to read.
     pub(super) peer_done: bool,
     /// The other end of the socket is gone; there may be bytes left to read.
@@ -88,6 +90,7 @@ impl Endpoint {
             backlog: Backlog::default(),
             peeked: 0,
             readable: false,
+            is_bulk: false,
             peer_done: false,
             hung_up: false,
             closed: Shutdown::default(),
@@ -145,33 +148,49 @@ impl Endpoint {
         }
     }
 
-    /// Puts the next packet for the guest into `chain`, which has room for a header and more. Gives the number of
-    /// bytes written, or `None` if there is nothing to say after all.
+    /// Puts the next packet for the guest, if there is one, into the first of `chains`, of which each has room for a header and
+    /// more; bytes of a stream go on in the others. Gives the number of bytes written to each in `lens`.
     pub fn send(
         &mut self,
         ram: &GuestRam,
-        chain: &Chain,
+        chains: &[Chain],
+        lens: &mut Vec<u32>,
         patience: Duration,
         stats: &mut VsockStats,
-    ) -> Option<u32> {
-        loop {
-            let op = self.connection.due(self.readable)?;
-            let (mut len, mut ends_message) = (0, false);
-            if op == Op::ReadWrite {
-                (len, ends_message) = self.read_payload(ram, chain, stats);
-                if len == 0 {
-                    continue;
+    ) {
+        while lens.is_empty() {
+            let Some((op, chain)) = self.connection.due(self.readable).zip(chains.first()) else {
+                return;
+            };
+            match (op, self.connection.socket_type()) {
+                (Op::ReadWrite, SocketType::Stream) => self.send_bytes(ram, chains, lens, stats),
+                (Op::ReadWrite, SocketType::Seqpacket) => {
+                    self.send_message(ram, chain, lens, stats);
+                }
+                _ => {
+                    if op == Op::Request && self.deadline.is_none() {
+                        self.deadline = Some(Instant::now() + patience);
+                    }
+                    self.send_header(ram, chain, op, 0, false, lens);
                 }
             }
-            if op == Op::Request && self.deadline.is_none() {
-                self.deadline = Some(Instant::now() + patience);
-            }
-            let header = self.connection.packet(op, len, ends_message);
-            // The chain was checked for room and for being in RAM, and RAM does not go away.
-            chain.write(ram, &header.to_bytes()).ok()?;
-            stats.bytes_to_guest += u64::from(len);
-            return Some(HEADER_LEN as u32 + len);
         }
+    }
+
+    /// Writes the header of a packet whose payload, `len` bytes, is in `chain` already.
+    pub(super) fn send_header(
+        &mut self,
+        ram: &GuestRam,
+        chain: &Chain,
+        op: Op,
+        len: u32,
+        ends_message: bool,
+        lens: &mut Vec<u32>,
+    ) {
+        let header = self.connection.packet(op, len, ends_message);
+        // The chain was checked for room and for being in RAM, and RAM does not go away.
+        let _ = chain.write(ram, &header.to_bytes());
+        lens.push(HEADER_LEN as u32 + len);
     }
 
     /// Draws the conclusions from what has changed: closes what is closed on the other side, gives up what is over.

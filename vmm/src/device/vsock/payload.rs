@@ -15,7 +15,7 @@ use rustix::net::{RecvFlags, recv};
 use super::backlog::Backlog;
 use super::credit::BUF_ALLOC;
 use super::endpoint::{Endpoint, is_transient};
-use super::packet::{HEADER_LEN, Shutdown, SocketType};
+use super::packet::{HEADER_LEN, Op, Shutdown, SocketType};
 use super::stats::VsockStats;
 use crate::device::virtio::chain::Chain;
 use crate::memory::{GuestRam, Pieces};
@@ -143,42 +143,73 @@ impl Endpoint {
         self.connection.shut(Shutdown::RECEIVE);
     }
 
-    /// Reads from the host's socket into `chain`, after the header. Gives the number of bytes, and whether a message ends with
-    /// them. Without any the socket is at its end, or is no longer taken to be readable.
-    pub(super) fn read_payload(
+    /// Reads from the host's socket into `chains`, after the room for headers, and makes packets of that. Without any bytes the
+    /// socket is at its end, or is no longer taken to be readable.
+    pub(super) fn send_bytes(
         &mut self,
         ram: &GuestRam,
-        chain: &Chain,
+        chains: &[Chain],
+        lens: &mut Vec<u32>,
         stats: &mut VsockStats,
-    ) -> (u32, bool) {
-        let room = chain.len().saturating_sub(HEADER_LEN as u64);
-        let room = room.min(self.connection.payload_room().min(BUF_ALLOC).into()) as usize;
-        let read = match self.connection.socket_type() {
-            SocketType::Stream => self.read_bytes(ram, chain, room).map(|len| (len, false)),
-            SocketType::Seqpacket => self.read_message(ram, chain, room),
+    ) {
+        let mut left = match self.read_bytes(ram, chains) {
+            Ok(len) => len,
+            Err(error) => return self.cannot_read(&error, stats),
         };
-        match read {
-            Ok((len, ends_message)) => (len as u32, ends_message),
-            Err(error) => {
-                self.readable = false;
-                if !is_transient(&error) {
-                    self.fail(stats);
-                }
-                (0, false)
+        stats.bytes_to_guest += left as u64;
+        for chain in chains {
+            if left == 0 {
+                return;
             }
+            let len = left.min(room_in(chain));
+            self.send_header(ram, chain, Op::ReadWrite, len as u32, false, lens);
+            left -= len;
         }
     }
 
-    fn read_bytes(&mut self, ram: &GuestRam, chain: &Chain, room: usize) -> io::Result<usize> {
+    fn read_bytes(&mut self, ram: &GuestRam, chains: &[Chain]) -> io::Result<usize> {
         let Some(socket) = &self.socket else { return Err(io::ErrorKind::WouldBlock.into()) };
-        let pieces = Pieces::new(chain.slices(ram, HEADER_LEN, room));
+        let mut room = self.connection.payload_room().min(BUF_ALLOC) as usize;
+        let pieces = Pieces::new(chains.iter().flat_map(|chain| {
+            let len = room_in(chain).min(room);
+            room -= len;
+            chain.slices(ram, HEADER_LEN, len)
+        }));
         let len = pieces.read_from(socket)?;
         // Unless it fills all the room there is, the socket is empty now.
         self.readable = len == pieces.len();
+        self.is_bulk = self.readable;
         if len == 0 {
             self.host_stops_sending();
         }
         Ok(len)
+    }
+
+    fn cannot_read(&mut self, error: &io::Error, stats: &mut VsockStats) {
+        self.readable = false;
+        self.is_bulk = false;
+        if !is_transient(error) {
+            self.fail(stats);
+        }
+    }
+
+    /// Reads a message from the host's socket, or as much of it as there is room for, into `chain`, and makes a packet of that.
+    pub(super) fn send_message(
+        &mut self,
+        ram: &GuestRam,
+        chain: &Chain,
+        lens: &mut Vec<u32>,
+        stats: &mut VsockStats,
+    ) {
+        let room = room_in(chain).min(self.connection.payload_room() as usize);
+        match self.read_message(ram, chain, room) {
+            Ok((0, _)) => {}
+            Ok((len, ends_message)) => {
+                stats.bytes_to_guest += len as u64;
+                self.send_header(ram, chain, Op::ReadWrite, len as u32, ends_message, lens);
+            }
+            Err(error) => self.cannot_read(&error, stats),
+        }
     }
 
     fn read_message(
@@ -232,4 +263,9 @@ impl Endpoint {
     fn host_stops_sending(&mut self) {
         self.connection.shut(if self.hung_up { Shutdown::BOTH } else { Shutdown::SEND });
     }
+}
+
+/// Room for payload in a buffer of the guest, in bytes, as far as one packet uses it.
+fn room_in(chain: &Chain) -> usize {
+    chain.len().saturating_sub(HEADER_LEN as u64).min(BUF_ALLOC.into()) as usize
 }

@@ -121,6 +121,11 @@ impl Table {
         Some((key, endpoint))
     }
 
+    /// The connection that [`Table::dequeue`] would take.
+    pub fn first_ready(&self) -> Option<&Endpoint> {
+        self.endpoints.get(self.ready.front()?)
+    }
+
     /// True if some connection waits for its turn.
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()

@@ -7,6 +7,9 @@ use super::poll::PORT_ANY;
 use crate::device::virtio::chain::Chain;
 use crate::memory::GuestRam;
 
+/// Most buffers that one connection uses before others have their turn: 64 KiB of Linux's.
+pub const BURST: usize = 16;
+
 /// Most refusals that wait for the guest to post buffers. Beyond that, its packets wait instead.
 pub const MAX_REFUSALS: usize = 128;
 
@@ -151,12 +154,22 @@ impl Host {
         !self.refusals.is_empty() || self.table.has_ready()
     }
 
-    /// Puts the next packet for the guest into `chain`, which has room for a header and more. Gives the number of bytes
-    /// written, or `None` if there is nothing to say.
-    pub fn send(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
-        let len = self.send_refusal(ram, chain).or_else(|| self.send_next(ram, chain))?;
-        self.stats.packets_to_guest += 1;
-        Some(len)
+    /// How many buffers [`Host::send`] may use, at least one.
+    pub fn buffers_wanted(&mut self) -> usize {
+        let wants_many =
+            self.refusals.is_empty() && self.table.first_ready().is_some_and(|next| next.is_bulk);
+        if wants_many { BURST } else { 1 }
+    }
+
+    /// Puts the next packets for the guest, if there are any, into the first of `chains`, of which each has room for a header
+    /// and more. Gives the number of bytes written to each in `lens`.
+    pub fn send(&mut self, ram: &GuestRam, chains: &[Chain], lens: &mut Vec<u32>) {
+        if let Some(len) = chains.first().and_then(|chain| self.send_refusal(ram, chain)) {
+            lens.push(len);
+        } else {
+            self.send_next(ram, chains, lens);
+        }
+        self.stats.packets_to_guest += lens.len() as u64;
     }
 
     fn send_refusal(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
@@ -165,14 +178,11 @@ impl Host {
         Some(HEADER_LEN as u32)
     }
 
-    fn send_next(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
-        loop {
-            let (key, endpoint) = self.table.dequeue()?;
-            let sent = endpoint.send(ram, chain, self.patience, &mut self.stats);
+    fn send_next(&mut self, ram: &GuestRam, chains: &[Chain], lens: &mut Vec<u32>) {
+        while lens.is_empty() {
+            let Some((key, endpoint)) = self.table.dequeue() else { return };
+            endpoint.send(ram, chains, lens, self.patience, &mut self.stats);
             self.follow_up(key);
-            if sent.is_some() {
-                return sent;
-            }
         }
     }
 }
