@@ -157,6 +157,7 @@ enum VcpuStop {
 enum Command {
     Reset,
     Nmi(NmiVia),
+    ResetTransport,
     Stop,
 }
 
@@ -330,6 +331,12 @@ impl Handle {
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
     pub fn inject_nmi(&self, via: NmiVia) {
         self.send(Command::Nmi(via));
+    }
+
+    /// Ends all vsock connections and has the device tell the guest that its transport was reset; see
+    /// [`Vsock::reset_transport`].
+    pub fn reset_transport(&self) {
+        self.send(Command::ResetTransport);
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.

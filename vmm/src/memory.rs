@@ -3,7 +3,7 @@
 //! A reset drops the private pages with one `madvise`, so the guest sees the template again and nothing of what it
 //! wrote can survive. This is one of the two modules that may be unsafe.
 
-pub mod file_io;
+mod pieces;
 
 use std::fs::File;
 use std::io;
@@ -15,6 +15,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
 /// Prepares the process. A reader that goes away and a disk larger than files may be (`--resource-limit fsize`) become errors to

@@ -66,6 +66,8 @@ pub struct Config {
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.

@@ -80,6 +80,18 @@ impl Ring {
         Ok(false)
     }
 
+    /// Takes the next chain if there is one and it is such as [`Ring::take`] gives; any other stays where it is. All that were
+    /// taken since the last completion can then be put back.
+    pub fn take_sound(&mut self, ram: &GuestRam, min_len: usize) -> Result<bool, BrokenRing> {
+        let Some(descriptors) = self.queue.iter(ram)?.next() else { return Ok(false) };
+        let walked = self.chain.walk(ram, descriptors);
+        let is_sound = walked.is_ok() && self.chain.len() >= min_len as u64;
+        if !is_sound {
+            self.put_back();
+        }
+        Ok(is_sound)
+    }
+
     /// The chain that was taken last.
     pub fn chain(&self) -> &Chain {
         &self.chain
