@@ -96,7 +96,8 @@ fn the_line_of_a_client_is_a_message_of_its_own() {
         driver.send(message(&driver, key(request.src_port, 1024), Op::Reset), &[]);
         assert_eq!(receive(&client), b"");
     }
-    for junk in [&b"CONNECT 1024\nCONNECT 1024\n"[..], b"CONN", &[b' '; 40], b""] {
+    let long = format!("CONNECT 1024{}", " ".repeat(30));
+    for junk in [&b"CONNECT 1024\nCONNECT 1024\n"[..], b"CONN", long.as_bytes(), b""] {
         let client = client(&dir, junk);
         driver.expect_silence();
         assert_eq!(receive(&client), b"", "{junk:?}");
