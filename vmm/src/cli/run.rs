@@ -12,11 +12,12 @@ use agent_protocol::Cause;
 use clap::Args;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
-use super::{Error, exit, jail};
+use super::{Error, jail};
 use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
@@ -266,9 +267,14 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
     if let Some(parent) = arguments.child_of {
         die_with(parent)?;
     }
-    let result = arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
-        lead(&arguments, config, resources, interrupts, started)
-    });
+    let notice = |text: &str| match arguments.json_lines {
+        true => lines::notice(text),
+        false => eprintln!("cleanslate: {text}"),
+    };
+    let result =
+        arguments.jail.run(arguments.config()?, notice, |config, resources, interrupts| {
+            lead(&arguments, config, resources, interrupts, started)
+        });
     if arguments.json_lines
         && let Err(error) = &result
     {

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use agent_protocol::Cause;
 
-use crate::cli::{Error, exit};
+use crate::cli::Error;
+use crate::exit;
 use crate::machine::{Event, Handle, Stop};
 
 /// Waits for the end of a guest of the user's and says how it came.
