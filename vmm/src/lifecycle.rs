@@ -128,6 +128,8 @@ impl Leader<'_> {
             hello_us: None,
             report: None,
             residue: Vec::new(),
+            look_ticks: None,
+            poison_ticks: None,
             failure: None,
         };
         match self.live_through(&mut record, at, reset) {
@@ -175,7 +177,9 @@ impl Leader<'_> {
             Some(step) => {
                 if self.plan.poison {
                     let poisoned = agent.poison();
-                    self.poisoned = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                    let (poisoned, ticks) =
+                        poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                    (self.poisoned, record.poison_ticks) = (poisoned, Some(ticks));
                     self.trace.note(|| "poisoned".into());
                 }
                 if self.plan.arms_pmu {
@@ -191,7 +195,9 @@ impl Leader<'_> {
 
     /// The first thing that a life is asked.
     fn look_for_residue(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
-        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport))?;
+        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport));
+        let (state, ticks) = state?;
+        record.look_ticks = Some(ticks);
         match &self.power_on {
             Some(power_on) => record.residue = verify::compare(power_on, &self.poisoned, &state),
             None => self.power_on = Some(state),

@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Poisoning, Report, StateReading};
+use crate::{CheckTicks, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,9 +73,9 @@ pub enum Reply {
         delivered: bool,
     },
     /// To [`Request::GetState`].
-    State(Vec<StateReading>),
+    State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
-    Poisoned(Vec<Poisoning>),
+    Poisoned(Vec<Poisoning>, CheckTicks),
     /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Hold`].
     Done,
     /// The request could not be carried out; the connection stays usable.

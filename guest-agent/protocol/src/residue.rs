@@ -13,6 +13,15 @@ pub struct StateReading {
     pub value: Option<u64>,
 }
 
+/// How long the agent was busy with a part of the check, in ticks of its time stamp counter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckTicks {
+    /// With everything but RAM.
+    pub state: u64,
+    /// With all pages of RAM.
+    pub ram: u64,
+}
+
 /// What became of one item that was to be poisoned.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Poisoning {

@@ -45,6 +45,7 @@ pub fn compare(
             Ok(poison) if before == Some(*poison) => {
                 Outcome::NotPoisonable("it is the same at power-on".into())
             }
+            Ok(_) if before.is_none() => Outcome::NotPoisonable("it cannot be read".into()),
             Ok(_) => Outcome::Reset,
         }
     };
@@ -118,6 +119,8 @@ mod tests {
         check(Some(0), Ok(7), Some(8), Outcome::Left(Some(8)));
         check(Some(0), Ok(7), None, Outcome::Left(None));
         check(Some(7), Ok(7), Some(7), same());
+        check(None, Ok(7), Some(7), Outcome::Left(Some(7)));
+        check(None, Ok(7), None, Outcome::NotPoisonable("it cannot be read".into()));
         check(Some(0), Err("no"), Some(9), Outcome::NotPoisonable("no".into()));
     }
 
