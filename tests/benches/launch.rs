@@ -191,14 +191,21 @@ fn resident() -> (u64, u64) {
     )
     .expect("end cleanslate");
     child.wait().expect("wait");
-    let (mut whole, mut guest, mut in_guest) = (0, 0, false);
+    let (mut whole, mut guest) = (0, 0);
+    // Only its beginning is in a file.
+    let (mut guest_end, mut in_guest) = (0, false);
     for line in maps.iter().flat_map(|maps| maps.lines()) {
         if let Some(share) = line.strip_prefix("Pss:") {
             let kib: u64 = share.trim().trim_end_matches(" kB").parse().expect("a number");
             whole += kib;
             guest += if in_guest { kib } else { 0 };
-        } else if line.split(' ').next().is_some_and(|range| range.contains('-')) {
-            in_guest = line.contains("guest-template");
+        } else if let Some((start, _)) = line.split(' ').next().and_then(|w| w.split_once('-'))
+            && let Ok(start) = usize::from_str_radix(start, 16)
+        {
+            if line.contains("guest-template") {
+                guest_end = start + (MEM_MIB << 20);
+            }
+            in_guest = start < guest_end;
         }
     }
     (whole, guest)

@@ -170,7 +170,7 @@ fn build_vm(
     let (template, entry) =
         Template::build(config.mem_mib << 20, |ram| boot::load(ram, image, &command_line, vcpus))?;
     let memory = match config.payload {
-        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Agent => Memory::map_contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
