@@ -120,6 +120,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
+    #[arg(long)]
+    dma_platform: bool,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -194,6 +198,7 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            dma_platform: self.dma_platform,
             // The jail knows.
             seccomp: false,
         })

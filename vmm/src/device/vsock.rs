@@ -23,8 +23,6 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-
 pub use self::connector::VsockConnector;
 use self::host::Host;
 use self::packet::HEADER_LEN;
@@ -33,13 +31,11 @@ pub use self::stats::VsockStats;
 pub use self::unix::{Listener, SocketFile, VsockError};
 use super::virtio::chain::Direction;
 use super::virtio::ring::{BrokenRing, Ring};
-use super::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::memory::GuestRam;
 
 /// Device type (virtio 1.2, section 5).
 const DEVICE_ID: u32 = 19;
-
-const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// Queues (virtio 1.2, section 5.10.2). The third carries events, of which there are none yet.
 const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
@@ -214,7 +210,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_EVENT_IDX
+        RING_FEATURES | F_IN_ORDER
     }
 
     /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).

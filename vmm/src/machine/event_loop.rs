@@ -1,9 +1,9 @@
 //! The event loop: what wakes it and what it does then. Runs on a thread of its own and owns the machine.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ use super::vcpu_thread::VcpuThread;
 use super::{
     Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
 };
-use crate::bus::Shared;
+use crate::bus::{Shared, lock};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::Mmio;
 
@@ -37,7 +37,7 @@ impl EventLoop {
         Ok(Self { manager, stopped: Arc::default() })
     }
 
-    pub fn add_device<D: VirtioDevice + 'static>(&mut self, device: VirtioEvents<D>) {
+    pub fn add_device(&mut self, device: VirtioEvents) {
         self.manager.add_subscriber(Box::new(device));
     }
 
@@ -111,8 +111,8 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 }
 
 /// A virtio device in the event loop: an eventfd for each queue, and the device's back end.
-pub(super) struct VirtioEvents<D: VirtioDevice> {
-    pub device: Shared<Mmio<D>>,
+pub(super) struct VirtioEvents {
+    pub device: Shared<Mmio<dyn VirtioDevice>>,
     pub queues: Vec<EventFd>,
     pub backend: Option<RawFd>,
 }
@@ -125,14 +125,14 @@ impl AsRawFd for Backend {
     }
 }
 
-impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
+impl MutEventSubscriber for VirtioEvents {
     fn init(&mut self, ops: &mut EventOps) {
         self.queues.iter().for_each(|fd| watch(ops, fd));
         self.backend.iter().for_each(|fd| watch(ops, &Backend(*fd)));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let mut mmio = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mmio = lock(&self.device);
         if self.backend == Some(events.fd()) {
             mmio.device.handle_backend();
             return;
@@ -191,7 +191,7 @@ impl Machine {
     fn stop(&self, stop: Stop) {
         self.park_vcpus();
         let _ = self.events.send(Event::Stopped(stop));
-        self.devices.vsock.lock().unwrap_or_else(PoisonError::into_inner).device.shut_down();
+        lock(&self.devices.vsock).device.shut_down();
     }
 
     /// Handles what has come; the reason to stop, if one did.

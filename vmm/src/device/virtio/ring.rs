@@ -55,7 +55,7 @@ impl Ring {
         self.queue.size()
     }
 
-    /// Takes the next sound chain that holds at least `min_len` bytes; it is then [`Ring::chain`]. Others are
+    /// Takes the next sound chain that holds at least `min_len` bytes in all; it is then [`Ring::chain`]. Others are
     /// completed unused and counted in `bad_chains`.
     pub fn take(
         &mut self,

@@ -9,9 +9,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::device::virtio::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use crate::device::virtio::{Driver, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
+use crate::device::vsock::Vsock;
 use crate::device::vsock::packet::{ConnectionKey, GuestPort, HEADER_LEN, Header, HostPort, Op};
-use crate::device::vsock::{F_EVENT_IDX, Vsock};
 use crate::memory::GuestRam;
 
 const SIZE: u16 = 256;
