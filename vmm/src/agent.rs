@@ -132,15 +132,12 @@ impl Agent {
         }
     }
 
-    /// Has the guest do nothing more until the host resets the machine.
+    /// Has the guest do nothing more until the host resets the machine, which tells when it has come to that.
     ///
     /// # Errors
-    /// [`AgentError`].
+    /// [`AgentError`] if the request could not be sent.
     pub fn hold(&mut self) -> Result<(), AgentError> {
-        match self.ask(&Request::Hold)? {
-            Reply::Done => Ok(()),
-            other => Err(unexpected(&other)),
-        }
+        self.send(&Request::Hold)
     }
 
     /// Has the guest reset its machine. The conversation ends with its life.

@@ -72,7 +72,8 @@ pub fn lead(
     let mut steps = plan.schedule.steps().take(plan.resets as usize);
     let mut current = Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: started };
     let trace = Trace::new(started);
-    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new(), trace };
+    let mut leader =
+        Leader { machine, plan, power_on: None, poisoned: Vec::new(), left: false, trace };
     loop {
         let (life, next) = leader.live(current, steps.next())?;
         on_life(&life, &leader.trace);
@@ -99,6 +100,8 @@ struct Leader<'a> {
     power_on: Option<Vec<StateReading>>,
     /// What the life before was poisoned with.
     poisoned: Vec<Poisoning>,
+    /// Whether its agent came to its last instructions.
+    left: bool,
     trace: Trace,
 }
 
@@ -267,6 +270,10 @@ impl Leader<'_> {
             }
             Event::Stopped(Stop::PowerOff) => {
                 self.failure(FailureKind::GuestStopped, "the guest turned the machine off".into())
+            }
+            Event::Rested => {
+                let detail = "the agent came to rest though nobody asked for it";
+                self.failure(FailureKind::GuestStopped, detail.into())
             }
             Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi(_) => {
                 self.failure(FailureKind::GuestStopped, "the machine stopped".into())

@@ -22,7 +22,7 @@ pub struct Hello {
     pub tsc_ready: u64,
 }
 
-/// What the host asks of the agent. One at a time; each but `Reset` and `PowerOff` gets one [`Reply`].
+/// What the host asks of the agent. One at a time; each but `Reset`, `PowerOff` and `Hold` gets one [`Reply`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Send the [`Report`] of this life.
@@ -53,7 +53,8 @@ pub enum Request {
         /// How long to wait, in ticks of the time stamp counter.
         ticks: u64,
     },
-    /// Reply, then do nothing but wait for the host to reset the machine, with a mark in every register.
+    /// Do nothing but wait for the host to reset the machine, with a mark in every register. No reply: a write to port 0x80
+    /// says when it has come to that.
     Hold,
 }
 
@@ -76,7 +77,7 @@ pub enum Reply {
     State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
     Poisoned(Vec<Poisoning>, CheckTicks),
-    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Hold`].
+    /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),

@@ -29,4 +29,6 @@ pub struct Poisoning {
     pub item: String,
     /// What it holds now, or why it could not be given a value.
     pub result: Result<u64, String>,
+    /// Whether it gets that value in the agent's last instructions alone, and not if the life ends before.
+    pub last: bool,
 }

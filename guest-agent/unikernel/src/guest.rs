@@ -239,7 +239,7 @@ impl Answer for Agent {
             Request::Hold => {
                 machine_state::last_poison();
                 self.holds = true;
-                Reply::Done
+                return None;
             }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();

@@ -79,7 +79,10 @@ pub fn poison(params: &Params, has_avx: bool) -> (Vec<Poisoning>, CheckTicks) {
     let began = tsc::now();
     gate::poison_system_registers(CR2_POISON);
     let (mut poisonings, in_service) = residue::poison(ram::scratch(), &mut CpuMsrs);
-    let mut add = |item: String, result| poisonings.push(Poisoning { item, result });
+    let mut add = |item: String, result| {
+        let last = is_last(&item);
+        poisonings.push(Poisoning { item, result, last });
+    };
     for name in first_look::GENERAL {
         add(name.into(), Ok(mark_of(name)));
     }
@@ -125,6 +128,12 @@ pub fn poison(params: &Params, has_avx: bool) -> (Vec<Poisoning>, CheckTicks) {
         add(name, Ok(value));
     }
     (poisonings, CheckTicks { state: tsc::now().wrapping_sub(began).wrapping_sub(ram), ram })
+}
+
+/// Whether an item gets its value in [`last_poison`] or in leave.s.
+fn is_last(item: &str) -> bool {
+    let number = item.strip_prefix("fpu.xmm").and_then(|number| number.parse().ok());
+    item.starts_with("reg.") || item == residue::IN_SERVICE || number.is_some_and(|n: u8| n < 8)
 }
 
 /// What would disturb the agent if it was done earlier: an interrupt that stays in service.

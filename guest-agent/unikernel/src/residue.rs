@@ -150,6 +150,7 @@ pub fn poison(scratch: u64, msrs: &mut impl Msrs) -> (Vec<Poisoning>, Result<u64
     msrs.run(&mut shown);
     let result = |(register, held): (&Register, &MsrOperation)| Poisoning {
         item: register.name.into(),
+        last: false,
         result: match (held.result(), register.poison(scratch)) {
             (None, _) => Err(String::from("the access faults")),
             (Some(held), poison) if held == poison => Ok(held),
@@ -161,6 +162,7 @@ pub fn poison(scratch: u64, msrs: &mut impl Msrs) -> (Vec<Poisoning>, Result<u64
     let with = |shown: &MsrOperation, bit| shown.result().filter(|bits| bits & bit != 0);
     poisonings.push(Poisoning {
         item: REQUESTED.into(),
+        last: false,
         result: with(&shown[0], REQUEST).ok_or_else(|| "vector 33 does not stay requested".into()),
     });
     let in_service = with(&shown[1], SERVICE).map(|_| SERVICE);
@@ -219,7 +221,7 @@ mod tests {
         let (requested, poisoned) = poisoned.split_last().unwrap();
         assert_eq!((requested.item.as_str(), &requested.result), (REQUESTED, &Ok(REQUEST)));
         assert_eq!(poisoned.len(), REGISTERS.len());
-        for (register, Poisoning { item, result }) in REGISTERS.iter().zip(poisoned) {
+        for (register, Poisoning { item, result, .. }) in REGISTERS.iter().zip(poisoned) {
             assert_eq!(register.name, item);
             match register.index {
                 FAULTS => assert_eq!(result.as_ref().unwrap_err(), "the access faults"),

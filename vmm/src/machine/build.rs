@@ -21,7 +21,7 @@ use crate::device;
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
-use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
+use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
@@ -101,6 +101,7 @@ pub fn launch(
         memory,
         config: config.clone(),
         life: 1,
+        rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
@@ -209,6 +210,9 @@ fn build_devices(
     ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
     ports.insert(layout::RESET_CONTROL_PORT.into(), 1, reset_control.clone());
     ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
+    if matches!(config.payload, Payload::Agent) {
+        ports.insert(layout::REST_PORT.into(), 1, Arc::new(Mutex::new(RestPort)));
+    }
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);

@@ -36,7 +36,7 @@ pub fn compare(
     found: &[StateReading],
 ) -> Vec<Residue> {
     let (power_on, found) = (by_item(power_on), by_item(found));
-    let outcome = |Poisoning { item, result }: &Poisoning| {
+    let outcome = |Poisoning { item, result, .. }: &Poisoning| {
         let value = |readings: &BTreeMap<_, _>| readings.get(item.as_str()).copied().flatten();
         let (before, now) = (value(&power_on), value(&found));
         match result {
@@ -109,7 +109,8 @@ mod tests {
     fn an_item_counts_as_reset_only_if_it_was_dirty_in_between() {
         let check = |power_on, poisoned: Result<u64, &str>, found, expected| {
             let item = "dr0";
-            let poisoned = Poisoning { item: item.into(), result: poisoned.map_err(Into::into) };
+            let result = poisoned.map_err(Into::into);
+            let poisoned = Poisoning { item: item.into(), result, last: false };
             let residue = compare(&[reading(item, power_on)], &[poisoned], &[reading(item, found)]);
             assert_eq!(residue, [Residue { item: item.into(), outcome: expected }]);
         };
