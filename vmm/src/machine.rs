@@ -126,6 +126,8 @@ struct Machine {
     memory: Memory,
     config: Config,
     life: u32,
+    /// Whether the guest of this life has said that it rests.
+    rested: bool,
     inbox: Receiver<Message>,
     /// Messages that were looked at and left for later; they come before the inbox.
     kept: VecDeque<Message>,
@@ -148,6 +150,8 @@ enum VcpuStop {
     Reset(Cause),
     /// The guest turned the machine off.
     PowerOff,
+    /// The guest does nothing more. It may run on.
+    Rest,
     /// KVM cannot go on.
     Stuck(GuestStuck),
     /// The host failed.
@@ -224,6 +228,8 @@ pub enum Event {
         /// When the cause reached the monitor.
         at: Instant,
     },
+    /// The agent has come to its last instructions, with marks in all registers. At most once in a life.
+    Rested,
     /// An NMI was wanted, and this became of it.
     Nmi(NmiOutcome),
     /// It does not run any more. The last event.

@@ -29,6 +29,8 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
         hello_us: Some(900),
         report: Some(report),
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
         failure: None,
     }
 }
@@ -254,6 +256,8 @@ fn a_life_without_report_is_a_finding_of_that_life() {
         hello_us: None,
         report: None,
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
         failure: Some(failure),
     };
     let findings = verdict(PmuPolicy::Off, &[life(1, Cause::PowerOn, |_| {}), dead]);

@@ -56,7 +56,7 @@ fn wait(machine: &Handle) -> Stop {
             Some(Event::Reset { life, cause, .. }) => {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
-            Some(Event::Nmi(_)) | None => {}
+            Some(Event::Nmi(_) | Event::Rested) | None => {}
         }
     }
 }
