@@ -17,7 +17,6 @@ pub enum Direction {
     /// The device reads.
     ToHost,
     /// The device reads a request, then writes its answer behind it; either may be missing.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no device has requests with answers yet"))]
     Both,
 }
 

@@ -149,7 +149,7 @@ impl TestDriver {
         vsock.activate(Driver {
             ram: ram.clone(),
             features: F_VERSION_1 | if event_idx { F_EVENT_IDX } else { 0 },
-            queues: vec![queue_0, queue_1, queue_2],
+            queues: [queue_0, queue_1, queue_2].map(Into::into).into(),
             interrupt: interrupts.clone(),
         });
         // As the event loop does, which the activation has woken.
