@@ -36,6 +36,7 @@ use crate::device::ioapic::IoApic;
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
 use crate::fault::FaultError;
@@ -99,6 +100,8 @@ struct Devices {
     vsock: Shared<Mmio<Vsock>>,
     /// All virtio devices in the order of their slots, the one above included.
     virtio: VirtioDevices,
+    /// Whoever looks at the buffers of all of them.
+    audit: Option<DmaAudit>,
 }
 
 /// Virtio devices, for what is the same with all of them.
@@ -283,6 +286,7 @@ pub struct Handle {
     connector: VsockConnector,
     vsock: Shared<Mmio<Vsock>>,
     virtio: VirtioDevices,
+    audit: Option<DmaAudit>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
@@ -355,6 +359,11 @@ impl Handle {
                 .sum(),
             vsock: bus::lock(&self.vsock).device.stats(),
         }
+    }
+
+    /// The audit of its buffers, if there is one.
+    pub fn dma_audit(&self) -> Option<&DmaAudit> {
+        self.audit.as_ref()
     }
 
     /// What this host is.

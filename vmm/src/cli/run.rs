@@ -16,6 +16,7 @@ use super::{Error, exit, jail};
 use crate::boot::Payload;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
@@ -124,6 +125,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     dma_platform: bool,
 
+    /// Look at every buffer that the guest posts on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -199,6 +204,7 @@ impl Arguments {
             console,
             vsock_path: self.uds.clone(),
             dma_platform: self.dma_platform,
+            dma_audit: self.dma_audit,
             // The jail knows.
             seccomp: false,
         })
@@ -279,7 +285,7 @@ fn lead(
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
-        return guest::follow(&machine);
+        return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
         resets: arguments.resets,
@@ -290,7 +296,11 @@ fn lead(
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
+    let expectations = Expectations {
+        pmu: arguments.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: arguments.dma_audit,
+    };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,

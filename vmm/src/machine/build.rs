@@ -22,6 +22,7 @@ use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
+use crate::device::virtio::audit::{AuditMode, DmaAudit};
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
@@ -130,6 +131,7 @@ fn start(
     let wake = Arc::clone(&machine.wake);
     let vsock = Arc::clone(&machine.devices.vsock);
     let virtio = machine.devices.virtio.clone();
+    let audit = machine.devices.audit.clone();
     let connector = lock(&vsock).device.connector();
     let console = lock(&machine.devices.console).tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
@@ -147,6 +149,7 @@ fn start(
         connector,
         vsock,
         virtio,
+        audit,
         ports,
         mmio,
         console,
@@ -212,6 +215,8 @@ fn build_devices(
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);
+    let audited = config.dma_audit != AuditMode::Off;
+    let audit = audited.then(|| DmaAudit::new(memory.ram().clone()));
     let mut slots = Slots {
         free: config.virtio_slots(),
         vm,
@@ -220,11 +225,12 @@ fn build_devices(
         mmio: &mut mmio,
         event_loop,
         dma_platform: config.dma_platform,
+        audit: audit.as_ref(),
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
     let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
     let virtio = slots.filled;
     let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
-    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock, virtio })
+    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock, virtio, audit })
 }

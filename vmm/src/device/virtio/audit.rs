@@ -18,6 +18,7 @@ mod queue;
 mod rules;
 mod spans;
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
@@ -27,17 +28,18 @@ use virtio_queue::Queue;
 use self::auditor::Auditor;
 use self::log::{Level, Violation};
 use crate::memory::GuestRam;
+use crate::words::plural;
 
 /// What the audit is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum AuditMode {
-    /// Nobody looks.
+    /// Nobody looks
     #[default]
     Off,
-    /// What no driver may do is a finding, the rest is told
+    /// What no driver may do is a finding; what else is worth knowing is told
     Report,
-    /// What our agent's driver does not do either is a finding too
+    /// What ours does not do either is a finding too: it shares no cache line with a device
     Strict,
 }
 
@@ -88,6 +90,30 @@ pub struct AuditSummary {
     pub observed: u64,
     /// Each kind of violation on each queue once.
     pub violations: Vec<Violation>,
+}
+
+impl AuditSummary {
+    /// What is told, but is no finding.
+    pub fn not_findings(&self, mode: AuditMode) -> impl Iterator<Item = &Violation> {
+        self.violations.iter().filter(move |violation| !mode.forbids(violation.level))
+    }
+}
+
+impl fmt::Display for AuditSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chains, buffers, unwatched, must, ours, observed, violations } = self;
+        let chains = plural(*chains as usize, "chain", "chains");
+        let buffers = plural(*buffers as usize, "buffer", "buffers");
+        write!(f, "DMA audit: {chains} with {buffers}")?;
+        match violations.as_slice() {
+            [] => f.write_str(", nothing wrong")?,
+            _ => write!(f, "; violations: {must} must, {ours} ours, {observed} observed")?,
+        }
+        match unwatched {
+            0 => Ok(()),
+            _ => write!(f, "; {unwatched} not watched, since too many were in flight"),
+        }
+    }
 }
 
 impl DmaAudit {

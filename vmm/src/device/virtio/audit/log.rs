@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::fmt;
 
 use serde::Serialize;
 
@@ -99,6 +100,16 @@ pub struct Violation {
     pub count: u64,
     /// In words, with what it collides with.
     pub detail: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)?;
+        match self.count {
+            1 => Ok(()),
+            count => write!(f, " ({count} such)"),
+        }
+    }
 }
 
 /// Violations by what makes two of them the same: kind, number of the device, queue.

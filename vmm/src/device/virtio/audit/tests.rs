@@ -3,6 +3,7 @@
 mod clean;
 mod dirty;
 mod lines;
+mod wired;
 
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_VSOCK};
 use virtio_queue::{Queue, QueueT};
