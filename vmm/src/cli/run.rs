@@ -14,6 +14,7 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::{Error, exit, jail};
 use crate::boot::Payload;
+use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::virtio::audit::AuditMode;
@@ -121,6 +122,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
+    #[arg(long, value_name = "PATH[,ro]")]
+    disk: Vec<DiskConfig>,
+
+    /// A source of random bytes (virtio-rng)
+    #[arg(long)]
+    rng: bool,
+
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
@@ -203,6 +212,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            rng: self.rng,
+            disks: self.disk.clone(),
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
             // The jail knows.

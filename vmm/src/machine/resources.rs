@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use crate::boot::Image;
+use crate::device::block::Disk;
 use crate::device::vsock::{Listener, SocketFile};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
@@ -17,6 +18,7 @@ pub struct Resources {
     pub(super) module: Module,
     pub(super) image: Image,
     pub(super) listener: Option<Listener>,
+    pub(super) disks: Vec<Disk>,
 }
 
 impl Resources {
@@ -28,9 +30,11 @@ impl Resources {
     pub fn open(config: &Config) -> Result<(Self, Option<SocketFile>), MachineError> {
         let kvm = kvm::open()?;
         let image = config.payload.open()?;
+        config.check_disks()?;
+        let disks = config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?;
         let bound = config.vsock_path.as_deref().map(Listener::bind).transpose()?;
         let (listener, file) = bound.unzip();
-        Ok((Self { kvm, module: Module::read(), image, listener }, file))
+        Ok((Self { kvm, module: Module::read(), image, listener, disks }, file))
     }
 
     /// Every descriptor: what a jail has to let through.
@@ -38,6 +42,7 @@ impl Resources {
         let mut descriptors = vec![kvm::descriptor(&self.kvm)];
         descriptors.extend(self.image.files());
         descriptors.extend(self.listener.iter().map(AsFd::as_fd));
+        descriptors.extend(self.disks.iter().map(AsFd::as_fd));
         descriptors
     }
 

@@ -93,12 +93,32 @@ impl Ring {
         &self.chain
     }
 
-    /// Gives the chain back to the driver, with `len` bytes written into it.
+    /// Gives the chain that was taken last back to the driver, with `len` bytes written into it.
     pub fn complete(&mut self, ram: &GuestRam, len: u32) -> Result<(), BrokenRing> {
+        self.add_used(ram, self.chain.head(), len)
+    }
+
+    /// Hands the chain that was taken last over, for [`Ring::complete_chain`] later; `spare` takes its place.
+    pub fn take_out(&mut self, spare: Chain) -> Chain {
+        std::mem::replace(&mut self.chain, spare)
+    }
+
+    /// Gives `chain`, which was taken out, back to the driver, with `len` bytes written into it.
+    pub fn complete_chain(
+        &mut self,
+        ram: &GuestRam,
+        chain: &Chain,
+        len: u32,
+    ) -> Result<(), BrokenRing> {
+        self.add_used(ram, chain.head(), len)
+    }
+
+    fn add_used(&mut self, ram: &GuestRam, head: u16, len: u32) -> Result<(), BrokenRing> {
+        // Before the driver can know of it, and post it again.
         if let Some(audit) = &self.audit {
-            audit.release(self.chain.head());
+            audit.release(head);
         }
-        self.queue.add_used(ram, self.chain.head(), len)?;
+        self.queue.add_used(ram, head, len)?;
         self.unsignalled = true;
         Ok(())
     }
