@@ -38,6 +38,7 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::rng::{Rng, RngStats};
 use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError, VsockStats};
 use crate::fault::FaultError;
@@ -102,6 +103,8 @@ struct Devices {
     nmi_status: Shared<NmiStatus>,
     reset_control: Shared<ResetControl>,
     virtio: VirtioDevices,
+    /// Whoever looks at the buffers of all of them.
+    audit: Option<DmaAudit>,
 }
 
 /// The machine's virtio devices, each by its type and all alike.
@@ -314,6 +317,7 @@ pub struct Handle {
     events: Receiver<Event>,
     connector: VsockConnector,
     virtio: VirtioDevices,
+    audit: Option<DmaAudit>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
@@ -391,6 +395,11 @@ impl Handle {
             rng: rng.as_ref().map(|rng| lock(rng).device.stats()),
             disks: disks.iter().map(|disk| lock(disk).device.stats()).collect(),
         }
+    }
+
+    /// The audit of its buffers, if there is one.
+    pub fn dma_audit(&self) -> Option<&DmaAudit> {
+        self.audit.as_ref()
     }
 
     /// What this host is.

@@ -17,6 +17,7 @@ use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
@@ -141,6 +142,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     dma_platform: bool,
 
+    /// Look at every buffer that the guest posts on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -219,6 +224,7 @@ impl Arguments {
             disks: self.disk.clone(),
             vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
+            dma_audit: self.dma_audit,
             // The jail knows.
             seccomp: false,
         })
@@ -304,7 +310,7 @@ fn lead(
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
-        return guest::follow(&machine);
+        return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
         resets: arguments.resets,
@@ -315,7 +321,11 @@ fn lead(
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
+    let expectations = Expectations {
+        pmu: arguments.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: arguments.dma_audit,
+    };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,
