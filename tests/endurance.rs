@@ -29,23 +29,28 @@ impl Holdings {
     }
 }
 
+/// Guest RAM of a machine whose size nobody gave.
+const RAM: u64 = 128 << 20;
+
 /// Memory that was written; parts of the program's file come in whenever they are needed first.
 fn own_resident_kib(maps: &str) -> u64 {
-    let (mut kib, mut in_guest, mut end_of_guest) = (0, false, String::new());
+    let (mut kib, mut guest_end, mut in_guest) = (0, 0, false);
     for line in maps.lines() {
         match line.split_once(':') {
             Some(("Anonymous", value)) if !in_guest => {
                 kib += value.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
             }
-            // A mapping's first line: "start-end permissions …". Guest RAM is the template and what follows it at once.
+            // A mapping's first line: "start-end permissions …".
             _ => {
                 let range = line.split(' ').next().and_then(|word| word.split_once('-'));
-                if let Some((start, end)) = range {
-                    in_guest = line.contains("guest-template") || start == end_of_guest;
-                    if in_guest {
-                        end_of_guest = end.into();
-                    }
+                let Some(start) = range.and_then(|(at, _)| u64::from_str_radix(at, 16).ok()) else {
+                    continue;
+                };
+                // Only its beginning is in a file.
+                if line.contains("guest-template") {
+                    guest_end = start + RAM;
                 }
+                in_guest = start < guest_end;
             }
         }
     }

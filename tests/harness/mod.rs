@@ -3,6 +3,7 @@
 pub mod guest;
 pub mod held;
 pub mod process;
+pub mod vsock_guest;
 
 use std::fmt;
 use std::io::Read;

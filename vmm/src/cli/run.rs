@@ -17,6 +17,7 @@ use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
@@ -43,6 +44,8 @@ Exit status:
   4    with --kernel: triple fault beyond --resets
   5    with --kernel: KVM cannot run the guest any further
   130  interrupted
+
+SIGUSR1 ends all vsock connections and tells the guest so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 
 Examples:
   cleanslate run --resets 3
@@ -130,9 +133,18 @@ pub(super) struct Arguments {
     #[arg(long)]
     rng: bool,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
+
+    /// Look at every buffer that the guest posts on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
 
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
@@ -210,7 +222,9 @@ impl Arguments {
             vsock_path: self.uds.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
+            dma_audit: self.dma_audit,
             // The jail knows.
             seccomp: false,
         })
@@ -296,7 +310,7 @@ fn lead(
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
-        return guest::follow(&machine);
+        return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
         resets: arguments.resets,
@@ -307,7 +321,11 @@ fn lead(
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
+    let expectations = Expectations {
+        pmu: arguments.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: arguments.dma_audit,
+    };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,

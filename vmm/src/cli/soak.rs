@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::run::{self, parse_cause};
 use super::{Error, reports};
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::Fault;
 use crate::kvm::pmu::PmuPolicy;
 use crate::machine::Interrupts;
@@ -92,6 +93,10 @@ pub(super) struct Arguments {
     /// Leave out this step of each reset, to see that the verdict finds it; may be repeated
     #[arg(long, value_enum, value_name = "FAULT")]
     inject: Vec<Fault>,
+
+    /// Look at every buffer that the guests post on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
 
     /// RAM of each machine in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
@@ -290,10 +295,14 @@ impl Arguments {
         if !self.no_poison {
             add("--poison", "");
         }
+        // No value is hidden from the command line.
         if self.pmu != PmuPolicy::default() {
-            // No value is hidden from the command line.
             let value = self.pmu.to_possible_value();
             value.iter().for_each(|value| add("--pmu", value.get_name()));
+        }
+        if self.dma_audit != AuditMode::default() {
+            let value = self.dma_audit.to_possible_value();
+            value.iter().for_each(|value| add("--dma-audit", value.get_name()));
         }
         for (option, value) in
             [("--pmu-version", self.pmu_version), ("--pmu-counters", self.pmu_counters)]
