@@ -9,11 +9,13 @@
 
 extern crate alloc;
 
+mod device;
 pub mod frame;
 mod message;
 mod report;
 mod residue;
 
+pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{Cause, GuestReset, Hello, ParseCauseError, Reply, Request};
 pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
@@ -22,7 +24,7 @@ pub use report::{
 pub use residue::{Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;
