@@ -9,6 +9,8 @@ mod harness;
 mod bad_input;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
+/// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.
+mod disks;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.

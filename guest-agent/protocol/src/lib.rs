@@ -9,11 +9,13 @@
 
 extern crate alloc;
 
+mod device;
 pub mod frame;
 mod message;
 mod report;
 mod residue;
 
+pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{Cause, GuestReset, Hello, ParseCauseError, Reply, Request};
 pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,

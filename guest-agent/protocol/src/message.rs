@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CheckTicks, Poisoning, Report, StateReading};
+use crate::{CheckTicks, DiskAnswer, DiskRequest, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +56,18 @@ pub enum Request {
     /// Do nothing but wait for the host to reset the machine, with a mark in every register. No reply: a write to port 0x80
     /// says when it has come to that.
     Hold,
+    /// Use a disk.
+    Disk {
+        /// Which of them, from 0 on.
+        number: u8,
+        /// For what.
+        request: DiskRequest,
+    },
+    /// Send so many random bytes of the virtio-rng device, or as many as it gives at once.
+    Random {
+        /// How many.
+        bytes: u32,
+    },
 }
 
 /// What the agent answers.
@@ -81,6 +93,10 @@ pub enum Reply {
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),
+    /// To [`Request::Disk`].
+    Disk(DiskAnswer),
+    /// To [`Request::Random`].
+    Random(Vec<u8>),
 }
 
 /// A reset that the guest itself can cause.

@@ -16,6 +16,7 @@ use agent_protocol::{
 use crate::arch::{gate, leave, port, pvh, records, tsc};
 use crate::dma;
 use crate::machine_state;
+use crate::virtio::RequestDevices;
 
 /// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
 const PATIENCE: u32 = 1 << 18;
@@ -32,6 +33,8 @@ pub struct Agent {
     entered: tsc::Native,
     /// Events of the vsock device so far: none, unless the machine was restored from somewhere.
     events: u64,
+    /// Devices that the host has asked for.
+    devices: RequestDevices,
     /// Whether this life ends with marks in all registers.
     poisoned: bool,
     /// Whether it does nothing more than wait for its end.
@@ -51,6 +54,7 @@ impl Agent {
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
             events: 0,
+            devices: RequestDevices::default(),
             poisoned: false,
             holds: false,
         }
@@ -240,6 +244,14 @@ impl Answer for Agent {
                 machine_state::last_poison();
                 self.holds = true;
                 return None;
+            }
+            Request::Disk { number, request } => {
+                let answer = self.devices.disk(&self.params, number, &request);
+                answer.map_or_else(Reply::Refused, Reply::Disk)
+            }
+            Request::Random { bytes } => {
+                let random = self.devices.random(&self.params, bytes);
+                random.map_or_else(Reply::Refused, Reply::Random)
             }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();
