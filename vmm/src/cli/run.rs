@@ -14,6 +14,7 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::{Error, exit, jail};
 use crate::boot::Payload;
+use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::fault::{Fault, Faults};
@@ -127,6 +128,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH", requires = "uds")]
     uds_seqpacket: Option<PathBuf>,
 
+    /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
+    #[arg(long, value_name = "PATH[,ro]")]
+    disk: Vec<DiskConfig>,
+
+    /// A source of random bytes (virtio-rng)
+    #[arg(long)]
+    rng: bool,
+
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
@@ -206,6 +215,8 @@ impl Arguments {
             console,
             vsock_path: self.uds.clone(),
             vsock_messages_path: self.uds_seqpacket.clone(),
+            rng: self.rng,
+            disks: self.disk.clone(),
             dma_platform: self.dma_platform,
             // The jail knows.
             seccomp: false,
