@@ -63,12 +63,12 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
     /// A virtio-rng device.
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
-    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
-    pub vsock_messages_path: Option<PathBuf>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
