@@ -35,5 +35,7 @@ mod lives;
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// Bytes in either direction, on connections that either side has opened.
+mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
