@@ -31,6 +31,8 @@ mod jail;
 mod leftovers;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
+/// Sockets for messages over vsock, both ways, and as many connections as there may be.
+mod messages;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
@@ -39,3 +41,5 @@ mod soak;
 mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
+/// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.
+mod vsock_command;

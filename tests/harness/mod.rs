@@ -2,6 +2,7 @@
 
 pub mod guest;
 pub mod held;
+pub mod vsock_guest;
 
 use std::fmt;
 use std::io::Read;

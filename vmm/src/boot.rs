@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::layout::{self, Entry};
+use crate::layout::{self, Entry, VirtioSlot};
 use crate::memory::{GuestRam, MemoryError};
 use image::Kind;
 
@@ -148,7 +148,7 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
-/// Loads `image` with its command line into `ram` for a machine with `vcpus` processors.
+/// Loads `image` with its command line into `ram` for a machine with `vcpus` processors and virtio devices in `slots`.
 ///
 /// # Errors
 /// [`BootError`].
@@ -157,9 +157,10 @@ pub fn load(
     image: Image,
     command_line: &str,
     vcpus: u8,
+    slots: impl Iterator<Item = VirtioSlot>,
 ) -> Result<Entry, BootError> {
     write_command_line(ram, command_line)?;
-    acpi::write(ram, vcpus)?;
+    acpi::write(ram, vcpus, slots)?;
     match image {
         Image::Agent => {
             let mut image = Cursor::new(images::AGENT);

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_protocol::GuestReset;
 
@@ -30,6 +30,12 @@ pub trait Device: Send {
 
 /// A device that several owners share.
 pub type Shared<D> = Arc<Mutex<D>>;
+
+/// Locks a device.
+pub fn lock<D: ?Sized>(device: &Shared<D>) -> MutexGuard<'_, D> {
+    // A device that panicked has ended the process already (`panic = "abort"`) or failed a test.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Addresses and the devices behind them. Reads where nobody answers give all ones, as on a real bus.
 #[derive(Default)]
@@ -57,10 +63,7 @@ impl Bus {
     /// The guest reads at `address`.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
-            // A device that panicked has ended the process already (`panic = "abort"`) or failed a test.
-            Some((offset, device)) => {
-                device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
-            }
+            Some((offset, device)) => lock(device).read(offset, data),
             None => {
                 data.fill(0xff);
                 self.unclaimed.fetch_add(1, Ordering::Relaxed);
@@ -71,9 +74,7 @@ impl Bus {
     /// The guest writes at `address`.
     pub fn write(&self, address: u64, data: &[u8]) -> Effect {
         match self.find(address) {
-            Some((offset, device)) => {
-                device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data)
-            }
+            Some((offset, device)) => lock(device).write(offset, data),
             None => {
                 self.unclaimed.fetch_add(1, Ordering::Relaxed);
                 Effect::None

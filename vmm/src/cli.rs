@@ -4,8 +4,10 @@ mod agent;
 mod jail;
 mod run;
 mod soak;
+mod vsock;
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -43,6 +45,7 @@ enum Command {
     Run(Box<run::Arguments>),
     Soak(Box<soak::Arguments>),
     Agent(agent::Arguments),
+    Vsock(vsock::Arguments),
 }
 
 /// A failure that ends the program with [`exit::USAGE_OR_HOST`].
@@ -56,15 +59,23 @@ pub fn status(result: Result<u8, Error>) -> u8 {
     })
 }
 
-/// Parses the command line and does what it says. `started` is when the process began.
+/// Parses the command line and does what it says. `started` is when the process began; `null`, if the host has that, leads nowhere, and takes the
+/// place of standard input for all who do not read it: who takes over a machine's process is not to read what the user types.
 ///
 /// # Errors
 /// Wrong usage that only shows when tried, and failures of the host.
-pub fn main(started: Instant) -> Result<u8, Error> {
-    match Arguments::try_parse().map_err(in_one_line)?.command {
+pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
+    let command = Arguments::try_parse().map_err(in_one_line)?.command;
+    if let Some(null) = null
+        && !matches!(command, Command::Vsock(_))
+    {
+        rustix::stdio::dup2_stdin(&null)?;
+    }
+    match command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
+        Command::Vsock(arguments) => vsock::main(arguments),
     }
 }
 

@@ -5,12 +5,14 @@ pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM continues when there is more than fits below [`LOW_RAM_END`].
 pub const HIGH_RAM: u64 = 0x1_0000_0000;
 
-/// Registers of the first virtio-mmio device; the others follow at [`VIRTIO_MMIO_SIZE`].
-pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
+/// Registers of the virtio-mmio device in the first slot; the others follow at [`VIRTIO_MMIO_SIZE`].
+const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
 /// Bytes of address space of one virtio-mmio device.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
-/// I/O APIC pin of the first virtio-mmio device; the others follow.
-pub const VIRTIO_PIN: u32 = 5;
+/// I/O APIC pin of the first slot; the others follow.
+const VIRTIO_PIN: u32 = 5;
+/// The most virtio-mmio devices: each has a pin of its own, up to the I/O APIC's last.
+pub const VIRTIO_SLOTS: usize = 19;
 /// Registers of the I/O APIC.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Bytes of address space of the I/O APIC.
@@ -80,6 +82,23 @@ pub enum Entry {
     },
 }
 
+/// The place of one virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioSlot {
+    /// Guest address of its registers, [`VIRTIO_MMIO_SIZE`] bytes.
+    pub base: u64,
+    /// Its pin of the I/O APIC.
+    pub pin: u32,
+}
+
+/// All places of virtio-mmio devices, lowest first.
+pub fn virtio_slots() -> impl Iterator<Item = VirtioSlot> {
+    (0..VIRTIO_SLOTS as u32).map(|number| VirtioSlot {
+        base: VIRTIO_MMIO_BASE + u64::from(number) * VIRTIO_MMIO_SIZE,
+        pin: VIRTIO_PIN + number,
+    })
+}
+
 /// Where RAM of `bytes` lies: (guest address, length) of each range, lowest first.
 pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
     let low = bytes.min(LOW_RAM_END);
@@ -99,5 +118,15 @@ mod tests {
         assert_eq!(ram_ranges(128 << 20), [(0, 128 << 20)]);
         assert_eq!(ram_ranges(LOW_RAM_END), [(0, LOW_RAM_END)]);
         assert_eq!(ram_ranges(4 << 30), [(0, LOW_RAM_END), (HIGH_RAM, 1 << 30)]);
+    }
+
+    #[test]
+    fn virtio_slots_fill_the_pins_and_lie_in_the_device_gap() {
+        let slots: Vec<_> = virtio_slots().collect();
+        assert_eq!(slots[0], VirtioSlot { base: 0xd000_0000, pin: 5 });
+        assert_eq!(slots[1], VirtioSlot { base: 0xd000_1000, pin: 6 });
+        let last = slots.last().unwrap();
+        assert_eq!(last.pin as usize, crate::device::ioapic::PINS - 1);
+        assert!(slots[0].base >= LOW_RAM_END && last.base + VIRTIO_MMIO_SIZE <= IOAPIC_BASE);
     }
 }

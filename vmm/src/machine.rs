@@ -10,6 +10,7 @@ mod interrupts;
 mod pmu;
 mod reset;
 mod resources;
+mod slots;
 mod vcpu_thread;
 
 use std::collections::VecDeque;
@@ -29,11 +30,12 @@ pub use interrupts::Interrupts;
 pub use resources::Resources;
 
 use crate::boot::BootError;
-use crate::bus::{Bus, Shared};
+use crate::bus::{self, Bus, Shared};
 use crate::device::console::{Console, ConsoleTail};
 use crate::device::ioapic::IoApic;
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
+use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
 use crate::fault::FaultError;
@@ -95,7 +97,12 @@ struct Devices {
     nmi_status: Shared<NmiStatus>,
     reset_control: Shared<ResetControl>,
     vsock: Shared<Mmio<Vsock>>,
+    /// All virtio devices in the order of their slots, the one above included.
+    virtio: VirtioDevices,
 }
+
+/// Virtio devices, for what is the same with all of them.
+type VirtioDevices = Vec<Shared<Mmio<dyn VirtioDevice>>>;
 
 /// What the event loop owns. Fields are dropped in this order: vCPUs stop before KVM forgets the machine, and memory goes
 /// last.
@@ -137,6 +144,7 @@ enum VcpuStop {
 enum Command {
     Reset,
     Nmi(NmiVia),
+    ResetTransport,
     Stop,
 }
 
@@ -275,6 +283,7 @@ pub struct Handle {
     events: Receiver<Event>,
     connector: VsockConnector,
     vsock: Shared<Mmio<Vsock>>,
+    virtio: VirtioDevices,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
@@ -298,6 +307,12 @@ impl Handle {
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
     pub fn inject_nmi(&self, via: NmiVia) {
         self.send(Command::Nmi(via));
+    }
+
+    /// Ends all vsock connections and has the device tell the guest that its transport was reset; see
+    /// [`Vsock::reset_transport`].
+    pub fn reset_transport(&self) {
+        self.send(Command::ResetTransport);
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.
@@ -337,12 +352,15 @@ impl Handle {
 
     /// What the guest did wrong so far.
     pub fn guest_stats(&self) -> GuestStats {
-        let mmio = self.vsock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         GuestStats {
             unclaimed_ports: self.ports.unclaimed(),
             unclaimed_addresses: self.mmio.unclaimed(),
-            refused_register_writes: mmio.refused_writes(),
-            vsock: mmio.device.stats(),
+            refused_register_writes: self
+                .virtio
+                .iter()
+                .map(|d| bus::lock(d).refused_writes())
+                .sum(),
+            vsock: bus::lock(&self.vsock).device.stats(),
         }
     }
 

@@ -3,6 +3,8 @@
 //! A reset drops the private pages with one `madvise`, so the guest sees the template again and nothing of what it
 //! wrote can survive. This is one of the two modules that may be unsafe.
 
+mod pieces;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,6 +15,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
 /// Prepares the process. A reader that goes away becomes an error to be handled (`SIGPIPE` is ignored). The process's own

@@ -1,7 +1,9 @@
-//! ACPI tables for kernels that look for them: processors, I/O APIC, reset register, sleep register. Hardware-reduced, so
+//! ACPI tables for kernels that look for them: processors, I/O APIC, virtio devices, reset register, sleep register. Hardware-reduced, so
 //! there is no SCI, no power-management timer and no legacy device to find (ACPI 6.5, section 4.1).
 
-use acpi_tables::aml::{Name, PackageBuilder};
+use acpi_tables::aml::{
+    Device, Interrupt, Memory32Fixed, Name, ONE, PackageBuilder, ResourceTemplate,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -14,7 +16,7 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::device::reset_ports::{ACPI_RESET_VALUE, ACPI_SLEEP_S5};
-use crate::layout;
+use crate::layout::{self, VirtioSlot};
 use crate::memory::GuestRam;
 
 const OEM_ID: [u8; 6] = *b"CLEANS";
@@ -41,8 +43,12 @@ fn port(address: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
 }
 
-/// Writes the tables at [`layout::ACPI_RSDP`] for a machine with `vcpus` processors.
-pub(super) fn write(ram: &GuestRam, vcpus: u8) -> Result<(), GuestMemoryError> {
+/// Writes the tables at [`layout::ACPI_RSDP`] for a machine with `vcpus` processors and virtio devices in `slots`.
+pub(super) fn write(
+    ram: &GuestRam,
+    vcpus: u8,
+    slots: impl Iterator<Item = VirtioSlot>,
+) -> Result<(), GuestMemoryError> {
     let [dsdt_at, fadt_at, madt_at, xsdt_at] =
         [1, 2, 3, 4].map(|i| layout::ACPI_RSDP + i * TABLE_STEP);
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -50,7 +56,7 @@ pub(super) fn write(ram: &GuestRam, vcpus: u8) -> Result<(), GuestMemoryError> {
     xsdt.add_entry(madt_at);
     let tables = [
         (layout::ACPI_RSDP, bytes(&Rsdp::new(OEM_ID, xsdt_at))),
-        (dsdt_at, bytes(&dsdt())),
+        (dsdt_at, bytes(&dsdt(slots))),
         (fadt_at, bytes(&fadt(dsdt_at))),
         (madt_at, bytes(&madt(vcpus))),
         (xsdt_at, bytes(&xsdt)),
@@ -61,13 +67,32 @@ pub(super) fn write(ram: &GuestRam, vcpus: u8) -> Result<(), GuestMemoryError> {
     Ok(())
 }
 
-fn dsdt() -> Sdt {
-    let s5 = PackageBuilder::new();
-    let mut s5 = s5;
+fn dsdt(slots: impl Iterator<Item = VirtioSlot>) -> Sdt {
+    let mut s5 = PackageBuilder::new();
     s5.add_element(&ACPI_SLEEP_S5);
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&bytes(&Name::new("_S5_".into(), &s5)));
+    for (number, slot) in slots.enumerate() {
+        table.append_slice(&virtio_device(number, slot));
+    }
     table
+}
+
+/// A device as Linux's virtio_mmio driver looks for it. Debian's kernels do not read the command line for them.
+fn virtio_device(number: usize, slot: VirtioSlot) -> Vec<u8> {
+    let registers = Memory32Fixed::new(true, slot.base as u32, layout::VIRTIO_MMIO_SIZE as u32);
+    // Edge-triggered, active high and not shared: a device signals its pin once for each interrupt.
+    let interrupt = Interrupt::new(true, true, false, false, slot.pin);
+    let path = format!("\\_SB_.VI{number:02}");
+    bytes(&Device::new(
+        path.as_str().into(),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &number),
+            &Name::new("_CCA".into(), &ONE),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt])),
+        ],
+    ))
 }
 
 fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
@@ -101,7 +126,7 @@ mod tests {
     #[test]
     fn every_table_has_its_signature_and_a_zero_checksum() {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        write(&ram, 254).unwrap();
+        write(&ram, 254, layout::virtio_slots()).unwrap();
         for (i, signature) in (1..).zip([b"DSDT", b"FACP", b"APIC", b"XSDT"]) {
             let at = GuestAddress(layout::ACPI_RSDP + i * TABLE_STEP);
             let mut header = [0; 8];
@@ -112,6 +137,26 @@ mod tests {
             let mut table = vec![0; len];
             ram.read_slice(&mut table, at).unwrap();
             assert_eq!(table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        }
+    }
+
+    #[test]
+    fn each_virtio_device_is_described_once_with_its_registers_and_its_pin() {
+        let count = |table: &[u8], wanted: &[u8]| {
+            table.windows(wanted.len()).filter(|bytes| *bytes == wanted).count()
+        };
+        for devices in [0, 1, 19] {
+            let table = bytes(&dsdt(layout::virtio_slots().take(devices)));
+            assert_eq!(count(&table, b"LNRO0005"), devices);
+            for slot in layout::virtio_slots().take(devices) {
+                // 32-bit fixed memory range, writable (ACPI 6.5, section 6.4.3.4); extended interrupt of one pin
+                // (section 6.4.3.6).
+                let base = (slot.base as u32).to_le_bytes();
+                let registers = [&[0x86, 9, 0, 1], &base[..], &0x1000_u32.to_le_bytes()].concat();
+                let interrupt = [&[0x89, 6, 0, 3, 1], &slot.pin.to_le_bytes()[..]].concat();
+                let found = (count(&table, &registers), count(&table, &interrupt));
+                assert_eq!(found, (1, 1), "{slot:x?}");
+            }
         }
     }
 }

@@ -42,6 +42,8 @@ Exit status:
   5    with --kernel: KVM cannot run the guest any further
   130  interrupted
 
+SIGUSR1 ends all vsock connections and tells the guest so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
+
 Examples:
   cleanslate run --resets 3
   cleanslate run --resets 1000 --reset-via host --json
@@ -120,6 +122,15 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
+    /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
+    #[arg(long)]
+    dma_platform: bool,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -194,6 +205,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
+            dma_platform: self.dma_platform,
             // The jail knows.
             seccomp: false,
         })

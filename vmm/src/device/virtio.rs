@@ -9,12 +9,24 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER};
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use virtio_queue::Queue;
 
 use crate::memory::GuestRam;
 
 /// `VIRTIO_F_VERSION_1`: the only interface that this monitor speaks (virtio 1.2, section 6).
 pub const F_VERSION_1: u64 = 1 << virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// `VIRTIO_F_ACCESS_PLATFORM`: drivers that take it use their system's DMA interface (section 6).
+pub const F_ACCESS_PLATFORM: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM;
+/// `VIRTIO_F_RING_EVENT_IDX`: notifications both ways by index (section 2.7.7).
+pub const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// `VIRTIO_F_IN_ORDER`: for devices that use buffers in the order in which the driver made them available (section 2.7.9).
+pub const F_IN_ORDER: u64 = 1 << VIRTIO_F_IN_ORDER;
+/// What [`ring`] and [`chain`] do for every device; indirect descriptors among it (section 2.7.5.3).
+pub const RING_FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// Tells the driver that something happened. Cloneable, callable from any thread.
 pub trait Interrupt: Send + Sync + fmt::Debug {

@@ -130,7 +130,7 @@ impl Vm {
     pub fn coalesce_writes(
         &self,
         vcpu: &Vcpu,
-        ranges: &[Range<u64>],
+        ranges: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<Option<Arc<CoalescedWrites>>, KvmError> {
         // The capability's value is the number of the ring's page.
         let page = self.fd.check_extension_int(Cap::CoalescedMmio);

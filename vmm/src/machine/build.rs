@@ -8,28 +8,28 @@ use agent_protocol::Cause;
 use jailer::seccomp::ThreadKind;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::event_loop::{EventLoop, EventLoopThread, VirtioEvents};
+use super::event_loop::{EventLoop, EventLoopThread};
 use super::pmu::VcpuPmu;
+use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
     Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
 };
 use crate::boot::{self, Image, Payload};
-use crate::bus::{Bus, Shared};
+use crate::bus::{Bus, lock};
 use crate::device;
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
-use crate::device::virtio::VirtioDevice;
-use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY, WRITES_THAT_CAN_WAIT};
+use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
 use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Kvm, cpuid};
-use crate::layout::{self, Entry};
+use crate::layout::{self, Entry, VirtioSlot};
 use crate::memory::{Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
@@ -80,10 +80,10 @@ pub fn launch(
     for id in 0..vcpu_count {
         let vcpu = vm.create_vcpu(&supported, id, vcpu_count)?;
         if id == 0 {
-            let ranges = WRITES_THAT_CAN_WAIT.map(|range| {
-                layout::VIRTIO_MMIO_BASE + range.start..layout::VIRTIO_MMIO_BASE + range.end
+            let ranges = config.virtio_slots().flat_map(|VirtioSlot { base, .. }| {
+                WRITES_THAT_CAN_WAIT.map(|range| base + range.start..base + range.end)
             });
-            surroundings.coalesced = vm.coalesce_writes(&vcpu, &ranges)?;
+            surroundings.coalesced = vm.coalesce_writes(&vcpu, ranges)?;
         }
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
@@ -129,8 +129,9 @@ fn start(
 ) -> Result<Handle, MachineError> {
     let wake = Arc::clone(&machine.wake);
     let vsock = Arc::clone(&machine.devices.vsock);
-    let connector = vsock.lock().expect("nobody else has seen the device").device.connector();
-    let console = machine.devices.console.lock().expect("nobody else has seen it").tail();
+    let virtio = machine.devices.virtio.clone();
+    let connector = lock(&vsock).device.connector();
+    let console = lock(&machine.devices.console).tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
     thread.wait_ready()?;
     if machine.config.seccomp {
@@ -145,6 +146,7 @@ fn start(
         events,
         connector,
         vsock,
+        virtio,
         ports,
         mmio,
         console,
@@ -167,8 +169,9 @@ fn build_vm(
     vcpus: u8,
 ) -> Result<Built, MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
-    let (template, entry) =
-        Template::build(config.mem_mib << 20, |ram| boot::load(ram, image, &command_line, vcpus))?;
+    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
+        boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
+    })?;
     let memory = match config.payload {
         Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
@@ -177,7 +180,7 @@ fn build_vm(
     Ok(Built { vm, memory, entry })
 }
 
-fn eventfd() -> Result<EventFd, MachineError> {
+pub(super) fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
 }
 
@@ -194,7 +197,6 @@ fn build_devices(
     event_loop: &mut EventLoop,
 ) -> Result<Devices, MachineError> {
     let ioapic = Arc::new(IoApic::new(Box::new(vm.irq_router())));
-    let vsock = build_vsock(listener, vm, memory, &ioapic, event_loop)?;
     let serial_pin = Pin::new(&ioapic, layout::SERIAL_PIN);
     let console = Arc::new(Mutex::new(Console::new(serial_pin, config.console)));
     let nmi_status = Arc::<Mutex<NmiStatus>>::default();
@@ -210,28 +212,19 @@ fn build_devices(
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);
-    mmio.insert(layout::VIRTIO_MMIO_BASE, layout::VIRTIO_MMIO_SIZE, vsock.clone());
+    let mut slots = Slots {
+        free: config.virtio_slots(),
+        vm,
+        ram: memory.ram(),
+        ioapic: &ioapic,
+        mmio: &mut mmio,
+        event_loop,
+        dma_platform: config.dma_platform,
+        filled: Vec::new(),
+    };
+    // The agent's first device: it looks no further for it.
+    let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
+    let virtio = slots.filled;
     let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
-    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock })
-}
-
-/// Makes the vsock device: its notifications go to the event loop, its interrupts to the I/O APIC.
-fn build_vsock(
-    listener: Option<Listener>,
-    vm: &Vm,
-    memory: &Memory,
-    ioapic: &Arc<IoApic>,
-    event_loop: &mut EventLoop,
-) -> Result<Shared<Mmio<Vsock>>, MachineError> {
-    let vsock = Vsock::new(guest_cid(), listener)?;
-    let backend = vsock.backend_fd();
-    let queues =
-        vsock.queue_max_sizes().iter().map(|_| eventfd()).collect::<Result<Vec<_>, _>>()?;
-    for (index, fd) in (0..).zip(&queues) {
-        vm.notify_on_write(layout::VIRTIO_MMIO_BASE + QUEUE_NOTIFY, index, fd)?;
-    }
-    let pin = Pin::new(ioapic, layout::VIRTIO_PIN);
-    let vsock = Arc::new(Mutex::new(Mmio::new(Box::new(vsock), memory.ram().clone(), pin)));
-    event_loop.add_device(VirtioEvents { device: Arc::clone(&vsock), queues, backend });
-    Ok(vsock)
+    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock, virtio })
 }

@@ -12,7 +12,7 @@ use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
-use crate::layout;
+use crate::layout::{self, VirtioSlot};
 
 /// vsock address of the guest: the first one that is not reserved (virtio 1.2, section 5.10.4).
 pub const GUEST_CID: u64 = 3;
@@ -58,6 +58,10 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
+    /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
+    pub dma_platform: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }
@@ -81,6 +85,12 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// The places of its virtio devices, in the order in which they are built.
+    pub(super) fn virtio_slots(&self) -> impl Iterator<Item = VirtioSlot> {
+        const VSOCK: usize = 1;
+        layout::virtio_slots().take(VSOCK)
+    }
+
     /// The number of vCPUs, checked like everything else that only this host can tell.
     pub(super) fn checked_vcpus(&self, kvm: &Kvm) -> Result<u8, ConfigError> {
         if !(MIN_MEM_MIB..=MAX_MEM_MIB).contains(&self.mem_mib) {
@@ -96,13 +106,14 @@ impl Config {
     /// The command line of life `life`: devices in Linux's syntax; for the agent also the ports by which it resets the
     /// machine and turns it off, and which life it is; the user's words last, as Linux wants what follows `--`.
     pub(super) fn command_line(&self, life: u32, cause: Cause) -> String {
-        let (base, pin) = (layout::VIRTIO_MMIO_BASE, layout::VIRTIO_PIN);
         let mut words = Vec::new();
         if self.looks_first {
             // At the very beginning, where the first instructions can find it.
             words.push("look=first".into());
         }
-        words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
+        for VirtioSlot { base, pin } in self.virtio_slots() {
+            words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
+        }
         if matches!(self.payload, Payload::Agent) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));

@@ -1,9 +1,9 @@
 //! The event loop: what wakes it and what it does then. Runs on a thread of its own and owns the machine.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -12,11 +12,12 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::interrupts::Interrupt;
 use super::vcpu_thread::VcpuThread;
 use super::{
     Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
 };
-use crate::bus::Shared;
+use crate::bus::{Shared, lock};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::mmio::Mmio;
 
@@ -37,7 +38,7 @@ impl EventLoop {
         Ok(Self { manager, stopped: Arc::default() })
     }
 
-    pub fn add_device<D: VirtioDevice + 'static>(&mut self, device: VirtioEvents<D>) {
+    pub fn add_device(&mut self, device: VirtioEvents) {
         self.manager.add_subscriber(Box::new(device));
     }
 
@@ -111,8 +112,8 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 }
 
 /// A virtio device in the event loop: an eventfd for each queue, and the device's back end.
-pub(super) struct VirtioEvents<D: VirtioDevice> {
-    pub device: Shared<Mmio<D>>,
+pub(super) struct VirtioEvents {
+    pub device: Shared<Mmio<dyn VirtioDevice>>,
     pub queues: Vec<EventFd>,
     pub backend: Option<RawFd>,
 }
@@ -125,14 +126,14 @@ impl AsRawFd for Backend {
     }
 }
 
-impl<D: VirtioDevice> MutEventSubscriber for VirtioEvents<D> {
+impl MutEventSubscriber for VirtioEvents {
     fn init(&mut self, ops: &mut EventOps) {
         self.queues.iter().for_each(|fd| watch(ops, fd));
         self.backend.iter().for_each(|fd| watch(ops, &Backend(*fd)));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let mut mmio = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mmio = lock(&self.device);
         if self.backend == Some(events.fd()) {
             mmio.device.handle_backend();
             return;
@@ -169,8 +170,13 @@ impl MutEventSubscriber for MachineEvents {
         let fd = events.fd();
         let is_timer = |thread: &VcpuThread| thread.pmu().is_some_and(|pmu| pmu.as_raw_fd() == fd);
         let stop = if fd == self.interrupts.as_raw_fd() {
-            self.interrupts.take();
-            Some(Stop::Interrupted)
+            match self.interrupts.take() {
+                Interrupt::End => Some(Stop::Interrupted),
+                Interrupt::ResetTransport => {
+                    self.machine.reset_transport();
+                    None
+                }
+            }
         } else if let Some((thread, _)) = self.machine.vcpus.iter().find(|(t, _)| is_timer(t)) {
             thread.check_counters();
             None
@@ -191,7 +197,7 @@ impl Machine {
     fn stop(&self, stop: Stop) {
         self.park_vcpus();
         let _ = self.events.send(Event::Stopped(stop));
-        self.devices.vsock.lock().unwrap_or_else(PoisonError::into_inner).device.shut_down();
+        lock(&self.devices.vsock).device.shut_down();
     }
 
     /// Handles what has come; the reason to stop, if one did.
@@ -206,6 +212,10 @@ impl Machine {
                     let _ = self.events.send(Event::Nmi(outcome));
                     None
                 }
+                Message::Command(Command::ResetTransport) => {
+                    self.reset_transport();
+                    None
+                }
                 Message::Command(Command::Stop) => Some(Stop::Requested),
             };
             if stop.is_some() {
@@ -213,6 +223,10 @@ impl Machine {
             }
         }
         None
+    }
+
+    fn reset_transport(&self) {
+        lock(&self.devices.vsock).device.reset_transport();
     }
 
     fn next_message(&mut self) -> Option<Message> {

@@ -7,7 +7,7 @@ use agent_protocol::Cause;
 use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
-use crate::bus::Shared;
+use crate::bus::lock;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
 use crate::fault::{Fault, Faults};
 use crate::layout;
@@ -75,7 +75,7 @@ impl Machine {
 impl Devices {
     /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
     fn reset(&self, faults: &Faults) {
-        lock(&self.vsock).reset();
+        self.virtio.iter().for_each(|device| lock(device).reset());
         lock(&self.console).reset();
         lock(&self.nmi_status).reset();
         *lock(&self.reset_control) = Default::default();
@@ -83,9 +83,4 @@ impl Devices {
             self.ioapic.reset();
         }
     }
-}
-
-fn lock<D>(device: &Shared<D>) -> std::sync::MutexGuard<'_, D> {
-    // vCPUs are parked; a panic under the lock has ended the process already or failed a test.
-    device.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -17,7 +17,7 @@ use virtio_bindings::bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 
 use super::stale::StaleRequest;
-use super::{Driver, F_VERSION_1, Interrupt, VirtioDevice};
+use super::{Driver, F_ACCESS_PLATFORM, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{self, Effect};
 use crate::device::ioapic::Pin;
 use crate::memory::GuestRam;
@@ -100,17 +100,27 @@ pub struct Mmio<D: VirtioDevice + ?Sized> {
     registers: Registers,
     ram: GuestRam,
     interrupt: Arc<InterruptLine>,
+    /// Feature bits on offer that are not the device's but the transport's.
+    transport_features: u64,
     refused_writes: u64,
-    /// The device itself.
-    pub device: Box<D>,
+    /// The device itself. Last, so that a shared `Mmio<Vsock>` can be a shared `Mmio<dyn VirtioDevice>` too.
+    pub device: D,
+}
+
+impl<D: VirtioDevice> Mmio<D> {
+    /// Puts `device` behind registers; its interrupts go to `pin`. With `dma_platform` it offers
+    /// [`F_ACCESS_PLATFORM`]; a driver may leave that, since the platform translates nothing.
+    pub fn new(device: D, ram: GuestRam, pin: Pin, dma_platform: bool) -> Self {
+        let registers = Registers::power_on(device.queue_max_sizes());
+        let interrupt = Arc::new(InterruptLine { status: AtomicU32::new(0), pin });
+        let transport_features = if dma_platform { F_ACCESS_PLATFORM } else { 0 };
+        Self { registers, ram, interrupt, transport_features, refused_writes: 0, device }
+    }
 }
 
 impl<D: VirtioDevice + ?Sized> Mmio<D> {
-    /// Puts `device` behind registers; its interrupts go to `pin`.
-    pub fn new(device: Box<D>, ram: GuestRam, pin: Pin) -> Self {
-        let registers = Registers::power_on(device.queue_max_sizes());
-        let interrupt = Arc::new(InterruptLine { status: AtomicU32::new(0), pin });
-        Self { registers, ram, interrupt, refused_writes: 0, device }
+    fn features(&self) -> u64 {
+        self.device.features() | self.transport_features
     }
 
     /// Power-on state, of the device too.
@@ -151,7 +161,7 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
             0x004 => VERSION,
             0x008 => self.device.device_id(),
             0x00c => VENDOR,
-            0x010 => half(self.device.features(), registers.device_features_select),
+            0x010 => half(self.features(), registers.device_features_select),
             0x034 => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
             0x044 => self.queue().map_or(0, |queue| u32::from(queue.ready())),
             0x060 => self.interrupt.status.load(Ordering::SeqCst),
@@ -248,7 +258,7 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
             return;
         }
         let wanted = self.registers.driver_features;
-        let offered = self.device.features();
+        let offered = self.features();
         if added & FEATURES_OK != 0 && (wanted & !offered != 0 || wanted & F_VERSION_1 == 0) {
             // The driver reads back whether its choice was accepted (section 3.1.1, step 6).
             return;

@@ -55,7 +55,7 @@ impl Ring {
         self.queue.size()
     }
 
-    /// Takes the next sound chain that holds at least `min_len` bytes; it is then [`Ring::chain`]. Others are
+    /// Takes the next sound chain that holds at least `min_len` bytes in all; it is then [`Ring::chain`]. Others are
     /// completed unused and counted in `bad_chains`.
     pub fn take(
         &mut self,
@@ -80,14 +80,45 @@ impl Ring {
         Ok(false)
     }
 
+    /// Takes the next chain if there is one and it is such as [`Ring::take`] gives; any other stays where it is. All that were
+    /// taken since the last completion can then be put back.
+    pub fn take_sound(&mut self, ram: &GuestRam, min_len: usize) -> Result<bool, BrokenRing> {
+        let Some(descriptors) = self.queue.iter(ram)?.next() else { return Ok(false) };
+        let walked = self.chain.walk(ram, descriptors);
+        let is_sound = walked.is_ok() && self.chain.len() >= min_len as u64;
+        if !is_sound {
+            self.put_back();
+        }
+        Ok(is_sound)
+    }
+
     /// The chain that was taken last.
     pub fn chain(&self) -> &Chain {
         &self.chain
     }
 
-    /// Gives the chain back to the driver, with `len` bytes written into it.
+    /// Gives the chain that was taken last back to the driver, with `len` bytes written into it.
     pub fn complete(&mut self, ram: &GuestRam, len: u32) -> Result<(), BrokenRing> {
-        self.queue.add_used(ram, self.chain.head(), len)?;
+        self.add_used(ram, self.chain.head(), len)
+    }
+
+    /// Hands the chain that was taken last over, for [`Ring::complete_chain`] later; `spare` takes its place.
+    pub fn take_out(&mut self, spare: Chain) -> Chain {
+        std::mem::replace(&mut self.chain, spare)
+    }
+
+    /// Gives `chain`, which was taken out, back to the driver, with `len` bytes written into it.
+    pub fn complete_chain(
+        &mut self,
+        ram: &GuestRam,
+        chain: &Chain,
+        len: u32,
+    ) -> Result<(), BrokenRing> {
+        self.add_used(ram, chain.head(), len)
+    }
+
+    fn add_used(&mut self, ram: &GuestRam, head: u16, len: u32) -> Result<(), BrokenRing> {
+        self.queue.add_used(ram, head, len)?;
         self.unsignalled = true;
         Ok(())
     }

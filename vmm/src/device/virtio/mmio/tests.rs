@@ -54,9 +54,13 @@ impl MsiSink for Nowhere {
 }
 
 fn mmio() -> Mmio<Fake> {
+    mmio_with(false)
+}
+
+fn mmio_with(dma_platform: bool) -> Mmio<Fake> {
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let ioapic = Arc::new(IoApic::new(Box::<Nowhere>::default()));
-    Mmio::new(Box::default(), ram, Pin::new(&ioapic, 5))
+    Mmio::new(Fake::default(), ram, Pin::new(&ioapic, 5), dma_platform)
 }
 
 fn write(mmio: &mut Mmio<Fake>, offset: u64, value: u32) {
@@ -111,6 +115,20 @@ fn features_that_are_not_on_offer_are_not_accepted() {
     check(F_VERSION_1 | FEATURE, true);
     check(F_VERSION_1 | 1 << 4, false);
     check(FEATURE, false);
+}
+
+#[test]
+fn the_platforms_addresses_are_on_offer_if_asked_for_and_may_be_left() {
+    let check = |dma_platform, features, accepted| {
+        let mut mmio = mmio_with(dma_platform);
+        write(&mut mmio, 0x14, 1);
+        assert_eq!(read(&mut mmio, 0x10) & 2 != 0, dma_platform);
+        let status = features_ok(&mut mmio, features);
+        assert_eq!(status & FEATURES_OK != 0, accepted, "{dma_platform} {features:#x}");
+    };
+    check(true, F_VERSION_1 | F_ACCESS_PLATFORM, true);
+    check(true, F_VERSION_1, true);
+    check(false, F_VERSION_1 | F_ACCESS_PLATFORM, false);
 }
 
 #[test]
