@@ -100,7 +100,8 @@ fn connect_moves_more_than_any_buffer_both_ways_at_once() {
     let mut back = Vec::new();
     stdout.read_to_end(&mut back).unwrap();
     assert!(back == bytes, "the bytes changed");
-    (feeder.join().unwrap(), echo.join().unwrap());
+    feeder.join().unwrap();
+    echo.join().unwrap();
     program.finish("cleanslate vsock connect").expect_status(0);
 }
 

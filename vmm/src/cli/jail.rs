@@ -7,6 +7,7 @@ use jailer::cgroup::Setting;
 use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, Root, User};
 
 use super::{Error, status};
+use crate::device::block::WORKERS;
 use crate::device::vsock::SocketFile;
 use crate::machine::{Config, Interrupts, MachineError, Resources};
 
@@ -17,7 +18,7 @@ const SOCKETS: &str = "/sockets";
 /// memory for KVM's tables and for sockets. Far above what it needs, so that only a runaway meets it.
 const MEMORY_BEYOND_RAM_MIB: u64 = 256;
 
-/// Threads besides the vCPUs: main, event loop, and what KVM starts for a machine.
+/// Threads besides those of vCPUs and disks: main, event loop, and what KVM starts for a machine.
 const THREADS_BEYOND_VCPUS: u64 = 8;
 
 /// Descriptors: 4,000 vsock connections, and what the machine itself holds.
@@ -133,6 +134,7 @@ impl Arguments {
             read_only: true,
         });
         let vcpus = u64::from(config.vcpus);
+        let disk_threads = (config.disks.len() * WORKERS) as u64;
         let limits = [ResourceLimit::NO_CORE, ResourceLimit::descriptors(DESCRIPTORS)];
         Ok(Jail {
             id: self.id.clone().unwrap_or_else(Id::of_this_process),
@@ -143,7 +145,7 @@ impl Arguments {
             mounts: mounts.collect(),
             cgroup: CgroupPlan {
                 memory_bytes: Some((config.mem_mib.saturating_add(MEMORY_BEYOND_RAM_MIB)) << 20),
-                pids: Some(vcpus + THREADS_BEYOND_VCPUS),
+                pids: Some(vcpus + disk_threads + THREADS_BEYOND_VCPUS),
                 cpus: Some(vcpus + 1),
                 settings: self.cgroup.clone(),
                 parent: self.parent_cgroup.clone(),

@@ -14,6 +14,7 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::{Error, exit, jail};
 use crate::boot::Payload;
+use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::fault::{Fault, Faults};
@@ -122,6 +123,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
+    #[arg(long, value_name = "PATH[,ro]")]
+    disk: Vec<DiskConfig>,
+
+    /// A source of random bytes (virtio-rng)
+    #[arg(long)]
+    rng: bool,
+
     /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
     /// a message of its own, and so is all that follows
     #[arg(long, value_name = "PATH", requires = "uds")]
@@ -205,6 +214,8 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            rng: self.rng,
+            disks: self.disk.clone(),
             vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
             // The jail knows.

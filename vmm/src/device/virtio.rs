@@ -1,9 +1,12 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
+pub(in crate::device) mod bell;
 pub(in crate::device) mod chain;
 pub mod mmio;
 pub(in crate::device) mod ring;
 pub mod stale;
+#[cfg(test)]
+pub(in crate::device) mod testing;
 
 use std::fmt;
 use std::os::fd::RawFd;

@@ -15,11 +15,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupts::Interrupt;
 use super::vcpu_thread::VcpuThread;
 use super::{
-    Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
+    AnyVirtioDevice, Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop,
+    VcpuStop,
 };
-use crate::bus::{Shared, lock};
-use crate::device::virtio::VirtioDevice;
-use crate::device::virtio::mmio::Mmio;
+use crate::bus::lock;
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
@@ -113,7 +112,7 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 
 /// A virtio device in the event loop: an eventfd for each queue, and the device's back end.
 pub(super) struct VirtioEvents {
-    pub device: Shared<Mmio<dyn VirtioDevice>>,
+    pub device: AnyVirtioDevice,
     pub queues: Vec<EventFd>,
     pub backend: Option<RawFd>,
 }
@@ -197,7 +196,7 @@ impl Machine {
     fn stop(&self, stop: Stop) {
         self.park_vcpus();
         let _ = self.events.send(Event::Stopped(stop));
-        lock(&self.devices.vsock).device.shut_down();
+        lock(&self.devices.virtio.vsock).device.shut_down();
     }
 
     /// Handles what has come; the reason to stop, if one did.
@@ -226,7 +225,7 @@ impl Machine {
     }
 
     fn reset_transport(&self) {
-        lock(&self.devices.vsock).device.reset_transport();
+        lock(&self.devices.virtio.vsock).device.reset_transport();
     }
 
     fn next_message(&mut self) -> Option<Message> {

@@ -1,9 +1,10 @@
 //! What a machine needs of the host, opened by name before the process is confined. Afterwards nothing has a name.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use crate::boot::Image;
+use crate::device::block::Disk;
 use crate::device::vsock::{Listener, SocketFile};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
@@ -17,6 +18,7 @@ pub struct Resources {
     pub(super) module: Module,
     pub(super) image: Image,
     pub(super) listener: Option<Listener>,
+    pub(super) disks: Vec<Disk>,
 }
 
 impl Resources {
@@ -28,6 +30,8 @@ impl Resources {
     pub fn open(config: &Config) -> Result<(Self, Vec<SocketFile>), MachineError> {
         let kvm = kvm::open()?;
         let image = config.payload.open()?;
+        config.check_disks()?;
+        let disks = config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?;
         let mut files = Vec::new();
         let mut listener = None;
         if let Some(path) = &config.vsock_path {
@@ -38,7 +42,7 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        Ok((Self { kvm, module: Module::read(), image, listener }, files))
+        Ok((Self { kvm, module: Module::read(), image, listener, disks }, files))
     }
 
     /// Every descriptor: what a jail has to let through.
@@ -47,6 +51,7 @@ impl Resources {
         descriptors.extend(self.image.files());
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
+        descriptors.extend(self.disks.iter().map(AsFd::as_fd));
         descriptors
     }
 

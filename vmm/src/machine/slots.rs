@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::build::eventfd;
 use super::event_loop::{EventLoop, VirtioEvents};
-use super::{MachineError, VirtioDevices};
+use super::{AnyVirtioDevice, MachineError};
 use crate::bus::{Bus, Shared};
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::virtio::VirtioDevice;
@@ -25,7 +25,7 @@ pub(super) struct Slots<'m, I> {
     pub event_loop: &'m mut EventLoop,
     pub dma_platform: bool,
     /// What has its place.
-    pub filled: VirtioDevices,
+    pub filled: Vec<AnyVirtioDevice>,
 }
 
 impl<I: Iterator<Item = VirtioSlot>> Slots<'_, I> {

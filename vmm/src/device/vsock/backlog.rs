@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn it_takes_no_more_memory_than_it_may_hold_bytes() {
         let mut backlog = Backlog::default();
-        let mut data = vec![1; 100];
+        let mut data = [1; 100];
         for _ in 0..10 {
             backlog.push(&VolatileSlice::from(&mut data[..]), 1000);
         }

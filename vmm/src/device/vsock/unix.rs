@@ -130,7 +130,7 @@ impl Listener {
     /// whose backlog is full counts as absent.
     pub fn dial(&self, port: HostPort, socket_type: SocketType) -> io::Result<OwnedFd> {
         let socket = new_socket(socket_type)?;
-        connect(&socket, &SocketAddrUnix::new(&path_of(&self.path, port))?)?;
+        connect(&socket, &SocketAddrUnix::new(path_of(&self.path, port))?)?;
         Ok(socket)
     }
 }
