@@ -39,6 +39,8 @@ mod messages;
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// Bytes in either direction, on connections that either side has opened.
+mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
 /// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.

@@ -151,7 +151,7 @@ impl Config {
     /// Refuses to leave RAM as it is where there is none besides the agent's.
     pub(super) fn check_faults(&self) -> Result<(), FaultError> {
         match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
-            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 10")),
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 12")),
             false => Ok(()),
         }
     }

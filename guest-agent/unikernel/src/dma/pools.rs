@@ -7,12 +7,12 @@ use agent_protocol::MAX_DISK_BYTES;
 use super::buffer::Pool;
 use super::request_queue::RequestPool;
 
-/// A page of payload and its header, in whole cache lines.
-pub const PACKET_LEN: usize = 4096 + HEADER_LEN.next_multiple_of(64);
+/// The payload of a packet as Linux sends it at most, and its header, in whole cache lines.
+pub const PACKET_LEN: usize = 64 * 1024 + HEADER_LEN.next_multiple_of(64);
 /// Packets that the host may send before the guest has looked.
 pub const TO_GUEST_PACKETS: usize = 32;
 /// Packets that the guest may send before the host has looked.
-pub const TO_HOST_PACKETS: usize = 16;
+pub const TO_HOST_PACKETS: usize = 8;
 /// Events that may be pending.
 pub const EVENTS: usize = 8;
 /// An event has four bytes; a cache line of its own keeps the device's writes apart from everything else.
