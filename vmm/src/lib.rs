@@ -11,6 +11,8 @@ pub mod bus;
 pub mod cli;
 pub mod device;
 pub mod fault;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod layout;

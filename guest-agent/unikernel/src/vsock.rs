@@ -4,6 +4,9 @@
 mod connection;
 mod credit;
 mod listener;
+#[cfg(fuzzing)]
+pub mod packet;
+#[cfg(not(fuzzing))]
 mod packet;
 mod session;
 

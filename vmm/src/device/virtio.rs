@@ -1,8 +1,8 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
-pub(in crate::device) mod chain;
+pub(crate) mod chain;
 pub mod mmio;
-pub(in crate::device) mod ring;
+pub(crate) mod ring;
 pub mod stale;
 
 use std::fmt;

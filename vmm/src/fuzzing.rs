@@ -1,0 +1,15 @@
+//! What the fuzzer's targets (`fuzz/`) reach and nobody else does: parsers of what a guest or a client has written.
+//!
+//! Built with `--cfg fuzzing` alone, as fuzzers set it.
+
+pub use crate::device::virtio::chain::{BadChain, Chain, Direction};
+pub use crate::device::virtio::ring::{BrokenRing, Ring};
+pub use crate::device::vsock::unix::parse_connect;
+pub use crate::device::vsock::{GuestPort, HostPort};
+
+/// Headers of vsock packets.
+pub mod packet {
+    pub use crate::device::vsock::packet::{
+        ConnectionKey, GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, Shutdown, TYPE_STREAM,
+    };
+}
