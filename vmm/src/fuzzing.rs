@@ -1,6 +1,6 @@
 //! What the fuzzer's targets (`fuzz/`) reach and nobody else does: parsers of what a guest or a client has written.
 //!
-//! Built with `--cfg fuzzing` alone, as fuzzers set it.
+//! Only with the feature `fuzzing`.
 
 pub use crate::device::virtio::chain::{BadChain, Chain, Direction};
 pub use crate::device::virtio::ring::{BrokenRing, Ring};

@@ -11,7 +11,7 @@ pub mod bus;
 pub mod cli;
 pub mod device;
 pub mod fault;
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 #[allow(unsafe_code)]
 pub mod kvm;

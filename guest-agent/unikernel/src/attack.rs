@@ -9,6 +9,35 @@ mod registers;
 
 pub use packets::Noise;
 
+/// What the command line orders.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// `attack.seed=`: the same attacks for the same seed in the same life.
+    pub seed: u64,
+    /// `attack.rounds=`: how many on each device before each reset that the guest knows of.
+    pub rounds: u32,
+    /// `attack.packets=`: how many bad packets after each of the agent's own.
+    pub packets: u32,
+}
+
+impl Orders {
+    /// Takes a word of the command line, if it is one of these.
+    pub fn add(&mut self, key: &str, value: &str) {
+        match key {
+            "attack.seed" => self.seed = value.parse().unwrap_or(0),
+            "attack.rounds" => self.rounds = value.parse().unwrap_or(0),
+            "attack.packets" => self.packets = value.parse().unwrap_or(0),
+            _ => {}
+        }
+    }
+
+    /// The bad packets, if there are to be any.
+    pub fn noise(&self, life: u32, guest_cid: u64) -> Option<Noise> {
+        (self.packets > 0)
+            .then(|| Noise::new(Random::new(self.seed, life), guest_cid, self.packets))
+    }
+}
+
 /// Random numbers that are the same for the same seed (SplitMix64).
 #[derive(Clone, Debug)]
 pub struct Random(u64);

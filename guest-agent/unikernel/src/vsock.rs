@@ -4,9 +4,9 @@
 mod connection;
 mod credit;
 mod listener;
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub mod packet;
-#[cfg(not(fuzzing))]
+#[cfg(not(feature = "fuzzing"))]
 mod packet;
 mod session;
 

@@ -173,8 +173,9 @@ fn build_vm(
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
     let memory = match config.payload {
-        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(&template)?,
+        Payload::Agent(None) => Memory::map_below(&template, layout::AGENT_END)?,
+        // How much memory it uses is not known.
+        Payload::Agent(Some(_)) | Payload::Kernel { .. } => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })

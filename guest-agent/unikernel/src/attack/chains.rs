@@ -21,8 +21,10 @@ pub fn junk(victim: &mut impl Victim, random: &mut Random) {
     for _ in 0..1 + random.below(4) {
         let queue = random.below(QUEUES);
         for index in 0..JUNK {
-            let next = if random.once_in(8) { random.word() as u16 } else { random.below(JUNK) as u16 };
-            let flags = if random.once_in(8) { random.word() as u16 } else { random.below(8) as u16 };
+            let next =
+                if random.once_in(8) { random.word() as u16 } else { random.below(JUNK) as u16 };
+            let flags =
+                if random.once_in(8) { random.word() as u16 } else { random.below(8) as u16 };
             let place = address(victim, random);
             let descriptor = (place, random.one_of(&LENGTHS), flags, next);
             put_descriptor(victim, descriptor_at(queue, index), descriptor);

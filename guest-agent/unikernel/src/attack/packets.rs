@@ -87,22 +87,27 @@ impl Header {
 pub struct Noise {
     random: Random,
     guest_cid: u64,
-    /// How many precede each of the agent's packets.
+    /// How many follow each of the agent's packets.
     each: u32,
     left: u32,
 }
 
 impl Noise {
-    /// So many bad packets before each good one.
+    /// So many bad packets after each good one.
     pub fn new(random: Random, guest_cid: u64, each: u32) -> Self {
-        Self { random, guest_cid, each, left: each }
+        Self { random, guest_cid, each, left: 0 }
     }
 
-    /// Writes the next bad packet into `buffer` and returns its length, or `None` when it is a good one's turn.
-    pub fn next_packet(&mut self, buffer: &mut [u8]) -> Option<usize> {
+    /// Writes the next packet into `buffer`, a bad one or one that `good` writes, and returns its length; `None` if there is none.
+    pub fn among(
+        &mut self,
+        buffer: &mut [u8],
+        good: impl FnOnce(&mut [u8]) -> Option<usize>,
+    ) -> Option<usize> {
         if self.left == 0 {
+            let len = good(buffer)?;
             self.left = self.each;
-            return None;
+            return Some(len);
         }
         self.left -= 1;
         let random = &mut self.random;
@@ -111,7 +116,12 @@ impl Noise {
         let header = Header {
             len: random.below(SLOT),
             flags: random.below(4),
-            ..Header::new(self.guest_cid, guest_port, random.one_of(&HOST_PORTS), random.below(9) as u16)
+            ..Header::new(
+                self.guest_cid,
+                guest_port,
+                random.one_of(&HOST_PORTS),
+                random.below(9) as u16,
+            )
         };
         let header = header.spoiled(random);
         let payload = random.below(SLOT) as usize;

@@ -80,13 +80,18 @@ fn what_devices_are_told_to_write_to_is_nobodys() {
 fn noise_is_of_no_connection_of_the_agents_and_leaves_it_its_turn() {
     let mut noise = Noise::new(Random::new(3, 1), 3, 5);
     let mut buffer = [0; 4096];
+    assert_eq!(
+        noise.among(&mut buffer, |_| None),
+        None,
+        "without good packets there are no bad ones"
+    );
     for _ in 0..1000 {
+        assert_eq!(noise.among(&mut buffer, |_| Some(7)), Some(7));
         for _ in 0..5 {
-            let len = noise.next_packet(&mut buffer).unwrap();
+            let len = noise.among(&mut buffer, |_| Some(7)).unwrap();
             assert!((HEADER_LEN..HEADER_LEN + 128).contains(&len));
             let port = u32::from_le_bytes(buffer[16..20].try_into().unwrap());
             assert!(port < 1000, "{port}");
         }
-        assert_eq!(noise.next_packet(&mut buffer), None);
     }
 }

@@ -56,6 +56,8 @@ pub struct VsockDevice {
     events: ToGuestQueue<EVENTS, EVENT_LEN>,
     guest_cid: u32,
     unrouted_irq: Option<u8>,
+    #[cfg(feature = "attacks")]
+    noise: Option<agent::attack::Noise>,
 }
 
 impl VsockDevice {
@@ -84,11 +86,26 @@ impl VsockDevice {
         });
         let Some((result, irq)) = started else { return Ok(None) };
         let (transport, guest_cid) = result.map_err(StartError::Device)?;
-        let device =
-            Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
+        let device = Self {
+            transport,
+            to_guest,
+            to_host,
+            events,
+            guest_cid,
+            unrouted_irq: Some(irq),
+            #[cfg(feature = "attacks")]
+            noise: None,
+        };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
         Ok(Some(device))
+    }
+
+    /// The same with bad packets among the good ones, if the command line wants them.
+    #[cfg(feature = "attacks")]
+    pub fn with_noise(mut self, params: &agent::params::Params) -> Self {
+        self.noise = params.attack.noise(params.life, self.guest_cid());
+        self
     }
 
     /// Our context id. Its upper half is reserved and zero.
@@ -137,6 +154,12 @@ impl VsockDevice {
     /// # Errors
     /// If the device broke the rules of the ring.
     pub fn send(&mut self, listener: &mut Listener) -> Result<bool, BrokenQueue> {
+        #[cfg(feature = "attacks")]
+        let sent = self.to_host.send(|buffer| match &mut self.noise {
+            Some(noise) => noise.among(buffer, |buffer| listener.next_packet(buffer)),
+            None => listener.next_packet(buffer),
+        })?;
+        #[cfg(not(feature = "attacks"))]
         let sent = self.to_host.send(|buffer| listener.next_packet(buffer))?;
         if sent == Some(true) {
             self.transport.notify(TO_HOST);
