@@ -2,6 +2,14 @@
 //!
 //! Only with the feature `fuzzing`.
 
+/// Requests to a disk.
+pub mod block {
+    pub use crate::device::block::request::{
+        Extent, HEADER_LEN, ID_LEN, MOST_RANGE_SECTORS, MOST_RANGES, RANGE_LEN, Range, Request, SECTOR,
+        Status,
+    };
+}
+
 pub use crate::device::virtio::chain::{BadChain, Chain, Direction};
 pub use crate::device::virtio::ring::{BrokenRing, Ring};
 pub use crate::device::vsock::unix::parse_connect;
