@@ -1,5 +1,7 @@
 //! Builds the guest agent with the same toolchain as the monitor, but apart from its workspace, flags and lock file.
 
+mod sources;
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,25 +24,38 @@ fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let guest = here.parent().expect("the crate lies in the project").join("guest-agent");
     let out = PathBuf::from(variable("OUT_DIR"));
-    for sources in ["unikernel/src", "unikernel/Cargo.toml", "unikernel/Cargo.lock"] {
-        println!("cargo:rerun-if-changed={}", guest.join(sources).display());
+    // Relative to this crate: with paths from the root a copy of the project together with its `target` would go on watching
+    // the sources of the original, and embed an agent that is not its own.
+    for source in sources::SOURCES {
+        println!("cargo:rerun-if-changed=../guest-agent/{source}");
     }
-    for sources in
-        ["unikernel/build.rs", "unikernel/link.ld", "protocol/src", "protocol/Cargo.toml"]
-    {
-        println!("cargo:rerun-if-changed={}", guest.join(sources).display());
-    }
-    build(&guest.join("unikernel"), &out.join("agent"));
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=sources.rs");
+    let digest = sources::digest(&guest).to_string();
+    println!("cargo:rustc-env=AGENT_SOURCES={digest}");
+    build(&guest.join("unikernel"), &out, &digest);
     let built = out.join("agent").join(TARGET).join("release").join(AGENT);
     std::fs::copy(&built, out.join(format!("{AGENT}.elf")))
         .unwrap_or_else(|error| panic!("copy {built:?}: {error}"));
 }
 
-fn build(unikernel: &Path, target_dir: &Path) {
+fn build(unikernel: &Path, out: &Path, digest: &str) {
+    // Cargo goes by times, and a file that was put back may be older than what was built since: contents decide.
+    let last = out.join("sources");
+    if std::fs::read_to_string(&last).is_ok_and(|last| last != digest) {
+        run(cargo("clean", unikernel, out).args(["-p", "unikernel", "-p", "agent-protocol"]));
+    }
+    run(cargo("build", unikernel, out).args(["--locked", "--bins"]));
+    std::fs::write(&last, digest).unwrap_or_else(|error| panic!("write {last:?}: {error}"));
+}
+
+fn cargo(verb: &str, unikernel: &Path, out: &Path) -> Command {
     let mut cargo = Command::new(variable("CARGO"));
-    cargo.args(["build", "--release", "--locked", "--bins", "--target", TARGET]);
-    cargo.arg("--manifest-path").arg(unikernel.join("Cargo.toml"));
-    cargo.arg("--target-dir").arg(target_dir).current_dir(unikernel);
+    cargo
+        .args([verb, "--release", "--target", TARGET])
+        .arg("--manifest-path")
+        .arg(unikernel.join("Cargo.toml"));
+    cargo.arg("--target-dir").arg(out.join("agent")).current_dir(unikernel);
     for (name, _) in env::vars_os() {
         // Profile settings of the monitor's build come as variables too.
         let name = name.to_string_lossy();
@@ -51,6 +66,10 @@ fn build(unikernel: &Path, target_dir: &Path) {
     }
     // Set though empty, this also takes precedence over the flags in the monitor's .cargo/config.toml.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "");
+    cargo
+}
+
+fn run(cargo: &mut Command) {
     let output = cargo.output().unwrap_or_else(|error| panic!("run {cargo:?}: {error}"));
     if !output.status.success() {
         panic!("build the guest agent:\n{}", String::from_utf8_lossy(&output.stderr));
