@@ -56,7 +56,7 @@ fn source(build: Build) -> Result<String, String> {
         );
     }
     let mut source = format!("/// Every rule.\npub static RULES: &[Rule] = {text}];\n");
-    source += "static PROGRAMS: [&[sock_filter]; 3] = [\n";
+    let _ = writeln!(source, "static PROGRAMS: [&[sock_filter]; {}] = [", THREADS.len());
     for thread in 0..THREADS.len() {
         source += "&[";
         for instruction in compile::compile(&rules, thread)? {

@@ -38,11 +38,13 @@ pub enum ThreadKind {
     EventLoop,
     /// Runs guest code.
     Vcpu,
+    /// Waits for a disk.
+    Disk,
 }
 
 impl ThreadKind {
     /// All of them, in the order of the filters.
-    pub const ALL: [Self; 3] = [Self::Main, Self::EventLoop, Self::Vcpu];
+    pub const ALL: [Self; 4] = [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk];
 }
 
 impl fmt::Display for ThreadKind {
@@ -51,6 +53,7 @@ impl fmt::Display for ThreadKind {
             Self::Main => "the main thread",
             Self::EventLoop => "the event loop's thread",
             Self::Vcpu => "a vCPU's thread",
+            Self::Disk => "a disk's thread",
         })
     }
 }

@@ -133,9 +133,18 @@ impl Leader<'_> {
             residue: Vec::new(),
             look_ticks: None,
             poison_ticks: None,
+            dma_audit: Vec::new(),
             failure: None,
         };
-        match self.live_through(&mut record, at, reset) {
+        let lived = self.live_through(&mut record, at, reset);
+        if let Some(audit) = self.machine.dma_audit() {
+            // Whatever the guest posted until its end. If there is no other life, the verdict's moment is that.
+            record.dma_audit = match lived {
+                Ok(Some(_)) => audit.take_ended(),
+                _ => audit.take_all(),
+            };
+        }
+        match lived {
             Ok(next) => Ok((record, next)),
             Err(Trouble::Life(failure)) => {
                 self.trace.note(|| format!("life {life} failed: {}", failure.kind.name()));

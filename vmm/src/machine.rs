@@ -30,14 +30,17 @@ pub use interrupts::Interrupts;
 pub use resources::Resources;
 
 use crate::boot::BootError;
-use crate::bus::{self, Bus, Shared};
+use crate::bus::{Bus, Shared, lock};
+use crate::device::block::{Block, BlockStats, DiskError};
 use crate::device::console::{Console, ConsoleTail};
 use crate::device::ioapic::IoApic;
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
+use crate::device::rng::{Rng, RngStats};
 use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::Mmio;
-use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError};
+use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError, VsockStats};
 use crate::fault::FaultError;
 use crate::kvm::KvmError;
 use crate::kvm::host::{HostInfo, KvmKind};
@@ -68,6 +71,9 @@ pub enum MachineError {
     /// The vsock device could not be set up.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A file cannot be a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A thread could not be confined.
     #[error(transparent)]
     Seccomp(#[from] jailer::seccomp::RestrictError),
@@ -96,13 +102,23 @@ struct Devices {
     console: Shared<Console>,
     nmi_status: Shared<NmiStatus>,
     reset_control: Shared<ResetControl>,
-    vsock: Shared<Mmio<Vsock>>,
-    /// All virtio devices in the order of their slots, the one above included.
     virtio: VirtioDevices,
+    /// Whoever looks at the buffers of all of them.
+    audit: Option<DmaAudit>,
 }
 
-/// Virtio devices, for what is the same with all of them.
-type VirtioDevices = Vec<Shared<Mmio<dyn VirtioDevice>>>;
+/// The machine's virtio devices, each by its type and all alike.
+#[derive(Clone)]
+struct VirtioDevices {
+    vsock: Shared<Mmio<Vsock>>,
+    rng: Option<Shared<Mmio<Rng>>>,
+    disks: Vec<Shared<Mmio<Block>>>,
+    /// Those above in the order of their slots.
+    all: Vec<AnyVirtioDevice>,
+}
+
+/// A virtio device, for what is the same with all of them.
+type AnyVirtioDevice = Shared<Mmio<dyn VirtioDevice>>;
 
 /// What the event loop owns. Fields are dropped in this order: vCPUs stop before KVM forgets the machine, and memory goes
 /// last.
@@ -148,6 +164,7 @@ enum VcpuStop {
 enum Command {
     Reset,
     Nmi(NmiVia),
+    ResetTransport,
     Stop,
 }
 
@@ -260,19 +277,31 @@ pub struct GuestStats {
     /// Writes to virtio registers that the specification forbids.
     pub refused_register_writes: u64,
     /// The vsock device's counters.
-    pub vsock: crate::device::vsock::VsockStats,
+    pub vsock: VsockStats,
+    /// The rng device's, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng: Option<RngStats>,
+    /// Those of each disk.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<BlockStats>,
 }
 
 impl GuestStats {
     /// Rules of virtio that the guest broke, in words; none for a correct guest.
     pub fn offences(&self) -> Vec<String> {
         let vsock = &self.vsock;
+        let rng = self.rng.unwrap_or_default();
+        let of_disks = |count: fn(&BlockStats) -> u64| self.disks.iter().map(count).sum::<u64>();
+        let bad_chains = vsock.bad_chains + rng.bad_chains + of_disks(|disk| disk.bad_chains);
+        let broken_rings =
+            vsock.broken_rings + rng.broken_rings + of_disks(|disk| disk.broken_rings);
         [
             (self.refused_register_writes, "forbidden writes to device registers"),
-            (vsock.bad_chains, "broken descriptor chains"),
-            (vsock.broken_rings, "broken rings"),
+            (bad_chains, "broken descriptor chains"),
+            (broken_rings, "broken rings"),
             (vsock.bad_packets, "bad vsock packets"),
             (vsock.credit_violations, "vsock packets without credit"),
+            (of_disks(|disk| disk.bad_requests), "bad disk requests"),
         ]
         .into_iter()
         .filter(|(count, _)| *count > 0)
@@ -287,8 +316,8 @@ pub struct Handle {
     wake: Arc<EventFd>,
     events: Receiver<Event>,
     connector: VsockConnector,
-    vsock: Shared<Mmio<Vsock>>,
     virtio: VirtioDevices,
+    audit: Option<DmaAudit>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
@@ -312,6 +341,12 @@ impl Handle {
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
     pub fn inject_nmi(&self, via: NmiVia) {
         self.send(Command::Nmi(via));
+    }
+
+    /// Ends all vsock connections and has the device tell the guest that its transport was reset; see
+    /// [`Vsock::reset_transport`].
+    pub fn reset_transport(&self) {
+        self.send(Command::ResetTransport);
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.
@@ -351,16 +386,20 @@ impl Handle {
 
     /// What the guest did wrong so far.
     pub fn guest_stats(&self) -> GuestStats {
+        let VirtioDevices { vsock, rng, disks, all } = &self.virtio;
         GuestStats {
             unclaimed_ports: self.ports.unclaimed(),
             unclaimed_addresses: self.mmio.unclaimed(),
-            refused_register_writes: self
-                .virtio
-                .iter()
-                .map(|d| bus::lock(d).refused_writes())
-                .sum(),
-            vsock: bus::lock(&self.vsock).device.stats(),
+            refused_register_writes: all.iter().map(|any| lock(any).refused_writes()).sum(),
+            vsock: lock(vsock).device.stats(),
+            rng: rng.as_ref().map(|rng| lock(rng).device.stats()),
+            disks: disks.iter().map(|disk| lock(disk).device.stats()).collect(),
         }
+    }
+
+    /// The audit of its buffers, if there is one.
+    pub fn dma_audit(&self) -> Option<&DmaAudit> {
+        self.audit.as_ref()
     }
 
     /// What this host is.

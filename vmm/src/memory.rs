@@ -3,6 +3,8 @@
 //! A reset drops the private pages or, where the template is empty anyway, empties them, so the guest sees the template
 //! again and nothing of what it wrote can survive. This is one of the two modules that may be unsafe.
 
+mod pieces;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,9 +15,11 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
-/// Prepares the process. A reader that goes away becomes an error to be handled (`SIGPIPE` is ignored). The process's own
+/// Prepares the process. A reader that goes away and a disk larger than files may be (`--resource-limit fsize`) become errors to
+/// be handled: `SIGPIPE` and `SIGXFSZ` are ignored. The process's own
 /// heap is one for all threads: by default the C library gives each thread its own, which costs a short-lived monitor more
 /// system calls and memory than it could ever wait for a lock.
 pub fn prepare_process() {
@@ -24,8 +28,10 @@ pub fn prepare_process() {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1)
     };
-    // SAFETY: ignoring a signal installs no handler.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// Makes the heap of the process that runs a machine resident, so that no page fault comes later and a long life holds no

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::Cause;
-use jailer::seccomp::ThreadKind;
+use jailer::seccomp::{RestrictError, ThreadKind, restrict};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::event_loop::{EventLoop, EventLoopThread};
@@ -13,15 +13,19 @@ use super::pmu::VcpuPmu;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
-    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message,
+    Resources, VirtioDevices,
 };
 use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, lock};
 use crate::device;
+use crate::device::block::{Block, Disk};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
+use crate::device::rng::Rng;
+use crate::device::virtio::audit::{AuditMode, DmaAudit};
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
@@ -43,7 +47,7 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener } = resources;
+    let Resources { kvm, module, image, listener, disks } = resources;
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
@@ -66,7 +70,7 @@ pub fn launch(
     let (outbox, inbox) = channel();
     let wake = Arc::new(eventfd()?);
     let mut event_loop = EventLoop::new()?;
-    let devices = build_devices(config, listener, &vm, &memory, &mut event_loop)?;
+    let devices = build_devices(config, (listener, disks), &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
         ports: Arc::clone(&devices.ports),
         mmio: Arc::clone(&devices.mmio),
@@ -129,14 +133,17 @@ fn start(
     host: Host,
 ) -> Result<Handle, MachineError> {
     let wake = Arc::clone(&machine.wake);
-    let vsock = Arc::clone(&machine.devices.vsock);
     let virtio = machine.devices.virtio.clone();
-    let connector = lock(&vsock).device.connector();
+    let audit = machine.devices.audit.clone();
+    let connector = lock(&virtio.vsock).device.connector();
     let console = lock(&machine.devices.console).tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
+    for disk in &virtio.disks {
+        lock(disk).device.wait_ready()?;
+    }
     thread.wait_ready()?;
     if machine.config.seccomp {
-        jailer::seccomp::restrict(ThreadKind::Main)?;
+        restrict(ThreadKind::Main)?;
     }
     // From here on the vCPUs may hold any device.
     machine.run_vcpus();
@@ -146,8 +153,8 @@ fn start(
         wake,
         events,
         connector,
-        vsock,
         virtio,
+        audit,
         ports,
         mmio,
         console,
@@ -192,7 +199,7 @@ fn guest_cid() -> GuestCid {
 /// Makes the devices, puts them on their buses and into the event loop.
 fn build_devices(
     config: &Config,
-    listener: Option<Listener>,
+    (listener, disks): (Option<Listener>, Vec<Disk>),
     vm: &Vm,
     memory: &Memory,
     event_loop: &mut EventLoop,
@@ -216,6 +223,8 @@ fn build_devices(
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);
+    let audited = config.dma_audit != AuditMode::Off;
+    let audit = audited.then(|| DmaAudit::new(memory.ram().clone()));
     let mut slots = Slots {
         free: config.virtio_slots(),
         vm,
@@ -224,11 +233,23 @@ fn build_devices(
         mmio: &mut mmio,
         event_loop,
         dma_platform: config.dma_platform,
+        audit: audit.as_ref(),
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
     let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
-    let virtio = slots.filled;
+    let rng = match config.rng {
+        true => Some(slots.add(Rng::new().map_err(MachineError::host("create an eventfd"))?)?),
+        false => None,
+    };
+    let confine: fn() -> Result<(), RestrictError> =
+        if config.seccomp { || restrict(ThreadKind::Disk) } else { || Ok(()) };
+    let block = |(number, disk)| {
+        let block = Block::new(disk, number, confine);
+        slots.add(block.map_err(MachineError::host("start a disk's threads"))?)
+    };
+    let disks = disks.into_iter().enumerate().map(block).collect::<Result<_, _>>()?;
+    let virtio = VirtioDevices { vsock, rng, disks, all: slots.filled };
     let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
-    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, vsock, virtio })
+    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, virtio, audit })
 }

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use agent_protocol::Cause;
 
 use crate::boot::{self, BootError, Payload};
+use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
@@ -21,6 +23,9 @@ pub const GUEST_CID: u64 = 3;
 const MIN_MEM_MIB: u64 = 4;
 /// Largest RAM, in MiB (512 GiB).
 const MAX_MEM_MIB: u64 = 512 * 1024;
+
+/// The most disks: one slot is for vsock, one for rng.
+pub const MOST_DISKS: usize = layout::VIRTIO_SLOTS - 2;
 
 /// What to do when the guest asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +63,16 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
+    /// A virtio-rng device.
+    pub rng: bool,
+    /// Virtio-blk devices.
+    pub disks: Vec<DiskConfig>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
+    /// What is looked for in the buffers that its guest posts.
+    pub dma_audit: AuditMode,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }
@@ -70,6 +83,9 @@ pub enum ConfigError {
     /// Too little or too much RAM.
     #[error("--mem {0} MiB is not between {MIN_MEM_MIB} and {MAX_MEM_MIB} MiB")]
     Memory(u64),
+    /// Too many disks.
+    #[error("--disk is given {0} times; a machine has {MOST_DISKS} disks at most")]
+    Disks(usize),
     /// No or too many vCPUs.
     #[error(
         "--vcpus {wanted} is not between 1 and {max}, the most that this KVM gives one machine"
@@ -86,7 +102,7 @@ impl Config {
     /// The places of its virtio devices, in the order in which they are built.
     pub(super) fn virtio_slots(&self) -> impl Iterator<Item = VirtioSlot> {
         const VSOCK: usize = 1;
-        layout::virtio_slots().take(VSOCK)
+        layout::virtio_slots().take(VSOCK + usize::from(self.rng) + self.disks.len())
     }
 
     /// The number of vCPUs, checked like everything else that only this host can tell.
@@ -124,10 +140,18 @@ impl Config {
         words.join(" ")
     }
 
+    /// Refuses more disks than there are slots for.
+    pub(super) fn check_disks(&self) -> Result<(), ConfigError> {
+        match self.disks.len() {
+            0..=MOST_DISKS => Ok(()),
+            count => Err(ConfigError::Disks(count)),
+        }
+    }
+
     /// Refuses to leave RAM as it is where there is none besides the agent's.
     pub(super) fn check_faults(&self) -> Result<(), FaultError> {
         match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
-            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 10")),
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 12")),
             false => Ok(()),
         }
     }

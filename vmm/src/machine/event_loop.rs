@@ -12,13 +12,13 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::interrupts::Interrupt;
 use super::vcpu_thread::VcpuThread;
 use super::{
-    Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop, VcpuStop,
+    AnyVirtioDevice, Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop,
+    VcpuStop,
 };
-use crate::bus::{Shared, lock};
-use crate::device::virtio::VirtioDevice;
-use crate::device::virtio::mmio::Mmio;
+use crate::bus::lock;
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
@@ -112,7 +112,7 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 
 /// A virtio device in the event loop: an eventfd for each queue, and the device's back end.
 pub(super) struct VirtioEvents {
-    pub device: Shared<Mmio<dyn VirtioDevice>>,
+    pub device: AnyVirtioDevice,
     pub queues: Vec<EventFd>,
     pub backend: Option<RawFd>,
 }
@@ -169,8 +169,13 @@ impl MutEventSubscriber for MachineEvents {
         let fd = events.fd();
         let is_timer = |thread: &VcpuThread| thread.pmu().is_some_and(|pmu| pmu.as_raw_fd() == fd);
         let stop = if fd == self.interrupts.as_raw_fd() {
-            self.interrupts.take();
-            Some(Stop::Interrupted)
+            match self.interrupts.take() {
+                Interrupt::End => Some(Stop::Interrupted),
+                Interrupt::ResetTransport => {
+                    self.machine.reset_transport();
+                    None
+                }
+            }
         } else if let Some((thread, _)) = self.machine.vcpus.iter().find(|(t, _)| is_timer(t)) {
             thread.check_counters();
             None
@@ -191,7 +196,7 @@ impl Machine {
     fn stop(&self, stop: Stop) {
         self.park_vcpus();
         let _ = self.events.send(Event::Stopped(stop));
-        lock(&self.devices.vsock).device.shut_down();
+        lock(&self.devices.virtio.vsock).device.shut_down();
     }
 
     /// Handles what has come; the reason to stop, if one did.
@@ -206,6 +211,10 @@ impl Machine {
                     let _ = self.events.send(Event::Nmi(outcome));
                     None
                 }
+                Message::Command(Command::ResetTransport) => {
+                    self.reset_transport();
+                    None
+                }
                 Message::Command(Command::Stop) => Some(Stop::Requested),
             };
             if stop.is_some() {
@@ -213,6 +222,10 @@ impl Machine {
             }
         }
         None
+    }
+
+    fn reset_transport(&self) {
+        lock(&self.devices.virtio.vsock).device.reset_transport();
     }
 
     fn next_message(&mut self) -> Option<Message> {

@@ -8,6 +8,7 @@ use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::lock;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
 use crate::fault::{Fault, Faults};
 use crate::layout;
@@ -24,8 +25,9 @@ impl Machine {
         self.forget_vcpu_stops();
         // 2. Devices forget the driver: connections die, queues and their requests in RAM are let go.
         let stale_event = self.config.faults.has(Fault::EventBuffersStale);
-        let stale_event =
-            stale_event.then(|| lock(&self.devices.vsock).oldest_request(EVENT_QUEUE)).flatten();
+        let stale_event = stale_event
+            .then(|| lock(&self.devices.virtio.vsock).oldest_request(EVENT_QUEUE))
+            .flatten();
         self.devices.reset(&self.config.faults);
         // 3. Each vCPU is what it was at power-on; the PV registers go first, so KVM stops writing into RAM.
         let tsc = self.vcpus[0].0.vcpu().zero_tsc()?;
@@ -51,6 +53,7 @@ impl Machine {
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
         self.rested = false;
+        self.devices.audit.iter().for_each(DmaAudit::begin_life);
         if matches!(self.config.payload, Payload::Agent) {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
@@ -76,7 +79,7 @@ impl Machine {
 impl Devices {
     /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
     fn reset(&self, faults: &Faults) {
-        self.virtio.iter().for_each(|device| lock(device).reset());
+        self.virtio.all.iter().for_each(|device| lock(device).reset());
         lock(&self.console).reset();
         lock(&self.nmi_status).reset();
         *lock(&self.reset_control) = Default::default();
