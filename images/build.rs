@@ -33,29 +33,42 @@ fn main() {
     println!("cargo:rerun-if-changed=sources.rs");
     let digest = sources::digest(&guest).to_string();
     println!("cargo:rustc-env=AGENT_SOURCES={digest}");
-    build(&guest.join("unikernel"), &out, &digest);
-    let built = out.join("agent").join(TARGET).join("release").join(AGENT);
-    std::fs::copy(&built, out.join(format!("{AGENT}.elf")))
-        .unwrap_or_else(|error| panic!("copy {built:?}: {error}"));
-}
-
-fn build(unikernel: &Path, out: &Path, digest: &str) {
+    let (unikernel, target_dir) = (guest.join("unikernel"), out.join("agent"));
     // Cargo goes by times, and a file that was put back may be older than what was built since: contents decide.
     let last = out.join("sources");
     if std::fs::read_to_string(&last).is_ok_and(|last| last != digest) {
-        run(cargo("clean", unikernel, out).args(["-p", "unikernel", "-p", "agent-protocol"]));
+        let packages = ["-p", "unikernel", "-p", "agent-protocol"];
+        run(cargo("clean", &unikernel, &target_dir).args(packages));
     }
-    run(cargo("build", unikernel, out).args(["--locked", "--bins"]));
+    let embed = |name: &str, features: &str| {
+        let image = match env::var_os("CARGO_FEATURE_FUZZING") {
+            Some(_) => Vec::new(),
+            None => build(&unikernel, &target_dir, features),
+        };
+        std::fs::write(out.join(name), image)
+            .unwrap_or_else(|error| panic!("write {name}: {error}"));
+    };
+    // Before the agent, so that what lies in the build directory in the end is what everybody runs.
+    if env::var_os("CARGO_FEATURE_ATTACKER").is_some() {
+        embed("cleanslate-attacker.elf", "attacks");
+    }
+    embed("cleanslate-agent.elf", "");
     std::fs::write(&last, digest).unwrap_or_else(|error| panic!("write {last:?}: {error}"));
 }
 
-fn cargo(verb: &str, unikernel: &Path, out: &Path) -> Command {
+/// Builds the agent with these features and reads it.
+fn build(unikernel: &Path, target_dir: &Path, features: &str) -> Vec<u8> {
+    let mut build = cargo("build", unikernel, target_dir);
+    run(build.args(["--locked", "--bins", "--features", features]));
+    let built = target_dir.join(TARGET).join("release").join(AGENT);
+    std::fs::read(&built).unwrap_or_else(|error| panic!("read {built:?}: {error}"))
+}
+
+fn cargo(verb: &str, unikernel: &Path, target_dir: &Path) -> Command {
     let mut cargo = Command::new(variable("CARGO"));
-    cargo
-        .args([verb, "--release", "--target", TARGET])
-        .arg("--manifest-path")
-        .arg(unikernel.join("Cargo.toml"));
-    cargo.arg("--target-dir").arg(out.join("agent")).current_dir(unikernel);
+    cargo.args([verb, "--release", "--target", TARGET]);
+    cargo.arg("--manifest-path").arg(unikernel.join("Cargo.toml"));
+    cargo.arg("--target-dir").arg(target_dir).current_dir(unikernel);
     for (name, _) in env::vars_os() {
         // Profile settings of the monitor's build come as variables too.
         let name = name.to_string_lossy();

@@ -2,6 +2,8 @@
 //!
 //! Memory is identity-mapped, so addresses need no translation, and it is never freed.
 
+#[cfg(feature = "attacks")]
+pub mod arena;
 mod buffer;
 mod hal;
 pub mod pools;

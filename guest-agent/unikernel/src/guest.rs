@@ -137,6 +137,8 @@ impl Agent {
 
     /// Waits for the host to reset the machine, with marks in all registers.
     pub fn hold(&self) -> ! {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         leave::to_host()
     }
 
@@ -207,6 +209,8 @@ impl Agent {
 
     /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         if self.poisoned {
             machine_state::last_poison();
             match (reset, self.params.acpi_reset) {

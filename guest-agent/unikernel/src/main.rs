@@ -11,6 +11,8 @@ extern crate alloc;
 
 #[allow(unsafe_code)]
 mod arch;
+#[cfg(feature = "attacks")]
+mod attacker;
 #[allow(unsafe_code)]
 mod dma;
 mod guest;
@@ -64,6 +66,8 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
             if device.is_some() {
                 agent.set_ready();
             }
+            #[cfg(feature = "attacks")]
+            let device = device.map(|device| device.with_noise(params));
             device
         }
         Err(error) => {

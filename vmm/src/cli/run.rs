@@ -112,6 +112,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
+    /// Boot this image of the agent instead of the embedded one: anything that speaks its protocol
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    agent: Option<PathBuf>,
+
     /// Initial RAM disk for the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
@@ -205,7 +209,7 @@ impl Arguments {
                 ResetPolicy::Limited(self.resets),
                 ConsoleOutput::Stdout,
             ),
-            None => (Payload::Agent, ResetPolicy::InPlace, ConsoleOutput::Kept),
+            None => (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept),
         };
         Ok(Config {
             payload,

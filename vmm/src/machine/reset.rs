@@ -54,7 +54,7 @@ impl Machine {
         self.life += 1;
         self.rested = false;
         self.devices.audit.iter().for_each(DmaAudit::begin_life);
-        if matches!(self.config.payload, Payload::Agent) {
+        if matches!(self.config.payload, Payload::Agent(_)) {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
         }
