@@ -13,7 +13,7 @@ mod counters;
 mod documents;
 /// The agent's image boots in monitors of other people.
 mod elsewhere;
-/// A thousand resets leave nothing behind on the host.
+/// Many resets leave nothing behind on the host.
 mod endurance;
 /// `--inject`: each step that a reset leaves out on purpose is found under its name.
 mod faults;

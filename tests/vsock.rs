@@ -148,7 +148,7 @@ fn sigusr1_ends_all_connections_and_the_guest_goes_on() {
             // It is the same life, and the guest has heard of it.
             let (mut stream, _) = connect(&machine.path, AGENT_PORT);
             assert_eq!(receive::<Hello>(&mut stream).life, 1);
-            let Reply::State(state) = ask(&mut stream, &Request::GetState) else {
+            let Reply::State(state, _) = ask(&mut stream, &Request::GetState) else {
                 panic!("no state")
             };
             let heard = state.iter().find(|reading| reading.item == "vsock.events").unwrap();

@@ -8,5 +8,6 @@ pub mod pools;
 mod queue;
 mod ring_places;
 
+pub use buffer::Buffer;
 pub use hal::report;
 pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};

@@ -80,16 +80,15 @@ pub(super) enum EndError {
 
 impl Arguments {
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
-    /// here. Returns what `work` does, as the exit status.
+    /// here. Returns what `work` does, as the exit status. `notice` says what the user should know before.
     pub fn run(
         &self,
         config: Config,
+        notice: impl Fn(&str),
         work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
     ) -> Result<u8, Error> {
         if self.no_jail {
-            eprintln!(
-                "cleanslate: --no-jail: the machine runs in this process, with all its rights"
-            );
+            notice("--no-jail: the machine runs in this process, with all its rights");
             allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
             let interrupts = Interrupts::catch()?.and_transport_resets()?;
@@ -100,7 +99,7 @@ impl Arguments {
         let mut prepared = self.jail(&config)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
-            eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
+            notice(&format!("the jail is weaker than it should be: {lack}"));
         }
         let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
             let work = || -> Result<u8, Error> {

@@ -12,11 +12,13 @@ use agent_protocol::Cause;
 use clap::Args;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
-use super::{Error, exit, jail};
+use super::{Error, jail};
 use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::AuditMode;
+use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
@@ -140,6 +142,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     dma_platform: bool,
 
+    /// Look at every buffer that the guest posts on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
+
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
     hold: bool,
@@ -218,6 +224,7 @@ impl Arguments {
             rng: self.rng,
             disks: self.disk.clone(),
             dma_platform: self.dma_platform,
+            dma_audit: self.dma_audit,
             // The jail knows.
             seccomp: false,
         })
@@ -266,9 +273,14 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
     if let Some(parent) = arguments.child_of {
         die_with(parent)?;
     }
-    let result = arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
-        lead(&arguments, config, resources, interrupts, started)
-    });
+    let notice = |text: &str| match arguments.json_lines {
+        true => lines::notice(text),
+        false => eprintln!("cleanslate: {text}"),
+    };
+    let result =
+        arguments.jail.run(arguments.config()?, notice, |config, resources, interrupts| {
+            lead(&arguments, config, resources, interrupts, started)
+        });
     if arguments.json_lines
         && let Err(error) = &result
     {
@@ -298,7 +310,7 @@ fn lead(
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
-        return guest::follow(&machine);
+        return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
         resets: arguments.resets,
@@ -309,7 +321,11 @@ fn lead(
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
+    let expectations = Expectations {
+        pmu: arguments.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: arguments.dma_audit,
+    };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,

@@ -9,6 +9,7 @@ use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
@@ -70,6 +71,8 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
+    /// What is looked for in the buffers that its guest posts.
+    pub dma_audit: AuditMode,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }

@@ -10,9 +10,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 use super::MachineError;
-
-/// Status of a process that a signal ended, as shells give it for SIGINT.
-const EXIT_INTERRUPTED: i32 = 130;
+use crate::exit;
 
 /// What a signal wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +22,7 @@ pub(super) enum Interrupt {
 }
 
 /// Becomes readable when SIGINT, SIGTERM or SIGHUP asks the process to end. A second such signal ends it on the spot.
+/// SIGHUP that is ignored stays so: `nohup` has asked for that.
 #[derive(Debug)]
 pub struct Interrupts {
     reader: UnixStream,
@@ -45,8 +44,13 @@ impl Interrupts {
     fn register() -> io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         let asked_before = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, asked_before.clone())?;
+        let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+        for signal in [SIGINT, SIGTERM].into_iter().chain(hangup) {
+            flag::register_conditional_shutdown(
+                signal,
+                exit::INTERRUPTED.into(),
+                asked_before.clone(),
+            )?;
             flag::register(signal, asked_before.clone())?;
             signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
         }
@@ -84,6 +88,14 @@ impl Interrupts {
             Interrupt::End
         }
     }
+}
+
+/// Whether this process was started with `signal` ignored. In a jail nobody can tell, and nobody hangs up there.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
 }
 
 impl AsRawFd for Interrupts {

@@ -1,20 +1,20 @@
 //! One system call between a descriptor and many pieces of guest RAM: nothing is copied on the way.
 
+use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};
 
 use vm_memory::VolatileSlice;
 
-/// Most pieces of one call. Guests use one or two for a packet; what lies in more takes more calls. Linux takes 1,024
-/// (`UIO_MAXIOV`).
-pub(super) const MOST: usize = 64;
+/// Most pieces of one call. Guests use one or two for a packet; what lies in more takes more calls.
+const MOST: usize = 64;
 
 /// Pieces of guest RAM in the order of their bytes.
 #[derive(Debug)]
 pub struct Pieces<'a> {
-    pub(super) vectors: [libc::iovec; MOST],
-    pub(super) count: usize,
+    vectors: [libc::iovec; MOST],
+    count: usize,
     len: usize,
     ram: PhantomData<VolatileSlice<'a>>,
 }
@@ -68,6 +68,24 @@ impl<'a> Pieces<'a> {
         // SAFETY: as in `read_from`.
         length(unsafe { libc::writev(fd, self.vectors.as_ptr(), self.count as i32) })
     }
+
+    /// Fills the pieces from `file` at `offset`; as many bytes as come at once, 0 at the file's end.
+    pub fn read_at(&self, file: &File, offset: u64) -> io::Result<usize> {
+        let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
+        // SAFETY: as in `read_from`.
+        length(unsafe { libc::preadv(fd, self.vectors.as_ptr(), self.count as i32, offset) })
+    }
+
+    /// Writes the pieces to `file` at `offset`; as many bytes as are taken at once. With `is_durable` they are on the medium
+    /// when the call is over (`RWF_DSYNC`, pwritev2(2)).
+    pub fn write_at(&self, file: &File, offset: u64, is_durable: bool) -> io::Result<usize> {
+        let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
+        let flags = if is_durable { libc::RWF_DSYNC } else { 0 };
+        // SAFETY: as in `read_from`.
+        length(unsafe {
+            libc::pwritev2(fd, self.vectors.as_ptr(), self.count as i32, offset, flags)
+        })
+    }
 }
 
 /// From now on each [`Pieces::peek_from`] the socket `fd` begins where the last one ended, until the message is read (`SO_PEEK_OFF`,
@@ -96,7 +114,10 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
+    use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+
     use super::*;
+    use crate::memory::GuestRam;
 
     #[test]
     fn pieces_are_filled_and_written_in_order() {
@@ -127,5 +148,32 @@ mod tests {
         let one = |at| slice.subslice(at, 1).unwrap();
         assert_eq!(Pieces::new((0..MOST + 10).map(one)).len(), MOST);
         assert!(Pieces::new(std::iter::empty()).is_empty());
+    }
+
+    #[test]
+    fn bytes_go_between_a_file_and_pieces_of_ram() {
+        let ram =
+            GuestRam::from_ranges(&[(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)])
+                .unwrap();
+        let pieces = |ranges: &[(u64, usize)]| {
+            let slices = ranges.iter().flat_map(|(at, len)| {
+                ram.get_slices(GuestAddress(*at), *len, Permissions::ReadWrite).unwrap()
+            });
+            Pieces::new(slices.map(Result::unwrap))
+        };
+        let file = tempfile::tempfile().unwrap();
+        ram.write_slice(b"abcdef", GuestAddress(0xffd)).unwrap();
+        assert_eq!(pieces(&[(0xffd, 6), (0xffd, 2)]).write_at(&file, 10, false).unwrap(), 8);
+        assert_eq!(pieces(&[(0x1001, 2)]).write_at(&file, 18, true).unwrap(), 2);
+        assert_eq!(pieces(&[(0x100, 3), (0x200, 20)]).read_at(&file, 11).unwrap(), 9);
+        let mut read = [0; 7];
+        ram.read_slice(&mut read[..3], GuestAddress(0x100)).unwrap();
+        assert_eq!(&read[..3], b"bcd");
+        ram.read_slice(&mut read, GuestAddress(0x200)).unwrap();
+        assert_eq!(&read, b"efabef\0");
+        assert_eq!(pieces(&[(0x100, 3)]).read_at(&file, 20).unwrap(), 0, "the file's end");
+        let read_only = File::open("/dev/null").unwrap();
+        let error = pieces(&[(0, 1)]).write_at(&read_only, 0, false).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 }

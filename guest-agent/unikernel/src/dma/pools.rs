@@ -14,7 +14,16 @@ pub const TO_HOST_PACKETS: usize = 16;
 /// Events that may be pending.
 pub const EVENTS: usize = 8;
 /// An event has four bytes; a cache line of its own keeps the device's writes apart from everything else.
+#[cfg(not(feature = "packed-event-buffers"))]
 pub const EVENT_LEN: usize = 64;
+#[cfg(not(feature = "packed-event-buffers"))]
+pub type EventBuffer = super::buffer::DmaBuffer<EVENT_LEN>;
+
+/// Events as Linux has them, one behind the other at an odd address.
+#[cfg(feature = "packed-event-buffers")]
+pub const EVENT_LEN: usize = 4;
+#[cfg(feature = "packed-event-buffers")]
+pub type EventBuffer = super::buffer::PackedBuffer<EVENT_LEN>;
 
 /// Packets from the host.
 #[unsafe(link_section = ".bss.large.to_guest")]
@@ -26,4 +35,4 @@ pub static TO_HOST: Pool<TO_HOST_PACKETS, PACKET_LEN> = Pool::new();
 
 /// Events.
 #[unsafe(link_section = ".bss.large.events")]
-pub static EVENT: Pool<EVENTS, EVENT_LEN> = Pool::new();
+pub static EVENT: Pool<EVENTS, EVENT_LEN, EventBuffer> = Pool::new();

@@ -9,8 +9,10 @@ use super::transport::MmioTransport;
 use crate::arch::mmio::Registers;
 use crate::arch::virtio::{Refusal, VirtioSetUp};
 use crate::arch::{gate, records};
-use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
-use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
+use crate::dma::pools::{
+    self, EVENT_LEN, EVENTS, EventBuffer, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS,
+};
+use crate::dma::{BrokenQueue, Buffer, ToGuestQueue, ToHostQueue};
 use crate::io_apic;
 
 const TO_GUEST: u16 = 0;
@@ -53,7 +55,7 @@ pub struct VsockDevice {
     transport: MmioTransport,
     to_guest: ToGuestQueue<TO_GUEST_PACKETS, PACKET_LEN>,
     to_host: ToHostQueue<TO_HOST_PACKETS, PACKET_LEN>,
-    events: ToGuestQueue<EVENTS, EVENT_LEN>,
+    events: ToGuestQueue<EVENTS, EVENT_LEN, EventBuffer>,
     guest_cid: u32,
     unrouted_irq: Option<u8>,
 }
@@ -88,6 +90,8 @@ impl VsockDevice {
             Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
+        #[cfg(feature = "packed-event-buffers")]
+        pools::EVENT.note_running();
         Ok(Some(device))
     }
 
@@ -166,10 +170,10 @@ impl VsockDevice {
         self.set_interrupts(false);
     }
 
-    fn notify_posted<const SIZE: usize, const LEN: usize>(
+    fn notify_posted<const SIZE: usize, const LEN: usize, B: Buffer<LEN>>(
         &self,
         index: u16,
-        queue: &ToGuestQueue<SIZE, LEN>,
+        queue: &ToGuestQueue<SIZE, LEN, B>,
     ) {
         if queue.should_notify() {
             self.transport.notify(index);
