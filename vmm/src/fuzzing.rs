@@ -5,8 +5,8 @@
 /// Requests to a disk.
 pub mod block {
     pub use crate::device::block::request::{
-        Extent, HEADER_LEN, ID_LEN, MOST_RANGE_SECTORS, MOST_RANGES, RANGE_LEN, Range, Request, SECTOR,
-        Status,
+        Extent, HEADER_LEN, ID_LEN, MOST_RANGE_SECTORS, MOST_RANGES, RANGE_LEN, Range, Request,
+        SECTOR, Status,
     };
 }
 

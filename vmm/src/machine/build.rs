@@ -217,7 +217,7 @@ fn build_devices(
     ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
     ports.insert(layout::RESET_CONTROL_PORT.into(), 1, reset_control.clone());
     ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
-    if matches!(config.payload, Payload::Agent) {
+    if matches!(config.payload, Payload::Agent(_)) {
         ports.insert(layout::REST_PORT.into(), 1, Arc::new(Mutex::new(RestPort)));
     }
     let mut mmio = Bus::default();
