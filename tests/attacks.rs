@@ -140,10 +140,10 @@ fn the_audit_of_what_an_attacker_posts_finds_it_and_nothing_breaks() {
 #[test]
 fn bad_packets_touch_no_connection_but_their_own() {
     let field = Field::new();
-    let (status, json) = field.run("attack.seed=7 attack.packets=8", &["--resets", "2"]);
+    let (status, json) = field.run("attack.seed=7 attack.packets=8", &["--resets", "5"]);
     assert_eq!(json["findings"], Value::Array(Vec::new()));
     assert_eq!(status, Some(0));
-    assert!(counter(&json, "vsock.bad_packets") > 100);
+    assert!(counter(&json, "vsock.bad_packets") > 20);
 
     let own = field.arguments("attack.seed=8 attack.packets=8");
     let machine = Held::start_with(&own.iter().map(String::as_str).collect::<Vec<_>>());
