@@ -13,6 +13,8 @@ mod bad_input;
 mod clients;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
+/// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.
+mod disks;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.
@@ -41,6 +43,8 @@ mod messages;
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// Bytes in either direction, on connections that either side has opened.
+mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
 /// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.

@@ -8,8 +8,10 @@ mod buffer;
 mod hal;
 pub mod pools;
 mod queue;
+mod request_queue;
 mod ring_places;
 
 pub use buffer::Buffer;
 pub use hal::report;
 pub use queue::{BrokenQueue, ToGuestQueue, ToHostQueue};
+pub use request_queue::{Lens, RequestPool, RequestQueue};

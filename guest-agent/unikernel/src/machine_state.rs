@@ -73,6 +73,13 @@ fn timed<T>(action: impl FnOnce() -> T) -> (T, u64) {
     (value, tsc::now().wrapping_sub(began))
 }
 
+/// Ends what a reset has left in service: no device could interrupt the agent otherwise, and nobody would hear of it.
+pub fn end_service() {
+    if first_look::something_is_in_service() {
+        residue::end_service(&mut CpuMsrs);
+    }
+}
+
 /// Gives everything another value than it has after a reset. What the agent itself needs gets it in [`last_poison`] and when
 /// it leaves, but is promised here.
 pub fn poison(params: &Params, has_avx: bool) -> (Vec<Poisoning>, CheckTicks) {

@@ -58,7 +58,8 @@ const REGISTERS: [Register; 44] = [
     register("lapic.tpr", 0x808, 0x20),
     register("lapic.lvt_thermal", 0x833, 0x100f1),
     register("lapic.lvt_lint0", 0x835, 0x100f2),
-    register("lapic.lvt_lint1", 0x836, 0x10400),
+    // NMIs, as at power-on, but active low.
+    register("lapic.lvt_lint1", 0x836, 0x2400),
     register("lapic.lvt_error", 0x837, 0x100f3),
     // Periodic, and masked; the count is a second away from its end at least.
     register("lapic.timer_lvt", 0x832, 0x300f4),
@@ -96,6 +97,11 @@ const SERVED_VECTOR: u64 = 0x4_4061;
 /// Has a vector be in service from now on: nothing of less priority interrupts the agent any more.
 pub fn keep_in_service(msrs: &mut impl Msrs) {
     msrs.run(&mut [MsrOperation::write(X2APIC_ICR, SERVED_VECTOR)]);
+}
+
+/// Ends it, and a device's interrupt that was in service before.
+pub fn end_service(msrs: &mut impl Msrs) {
+    msrs.run(&mut [MsrOperation::write(X2APIC_EOI, 0), MsrOperation::write(X2APIC_EOI, 0)]);
 }
 
 impl Register {
@@ -245,6 +251,8 @@ mod tests {
         }
         keep_in_service(&mut msrs);
         assert_eq!(read_some([X2APIC_ISR_3], &mut msrs), [Some(SERVICE)]);
+        end_service(&mut msrs);
+        assert_eq!(read_some([X2APIC_ISR_3], &mut msrs), [Some(0)]);
     }
 
     #[test]

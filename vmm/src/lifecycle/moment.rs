@@ -37,7 +37,7 @@ impl Leader<'_> {
         let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
         self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
         if moment == Moment::NmiPending {
-            // Right before the reset, whatever the delay was. Nobody can mask it: poison masks the pin.
+            // Right before the reset, whatever the delay was. Nobody can mask it, as one could the pin.
             self.machine.inject_nmi(NmiVia::Message);
             self.trace.note(|| "NMI sent".into());
         }

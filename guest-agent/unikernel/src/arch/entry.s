@@ -70,8 +70,6 @@ first_looking:
     movl %eax, first_look + 72
     movl 0xfee00130, %eax           # what is in service, by vectors 96 to 127
     movl %eax, first_look + 76
-    movl $0, 0xfee000b0             # its end: were that left in service, no device could interrupt
-    movl $0, 0xfee000b0             # nor if another one was
     incl first_look + 80
     jmp looked
 

@@ -90,3 +90,9 @@ pub fn early() -> Option<[u64; 22]> {
     }
     Some(values)
 }
+
+/// Whether an interrupt of the earlier life is still being served, as far as a first look shows it.
+pub fn something_is_in_service() -> bool {
+    let look = look();
+    look.looked != 0 && look.in_service != 0
+}

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
-use agent::vsock::{Answer, Listener};
+use agent::vsock::{Answer, Connections};
 
 use super::transport::MmioTransport;
 use crate::arch::mmio::Registers;
@@ -117,13 +117,13 @@ impl VsockDevice {
         self.guest_cid.into()
     }
 
-    /// Hands everything that has come in to the listener.
+    /// Hands everything that has come in to its connections.
     ///
     /// # Errors
     /// If the device broke the rules of a ring.
     pub fn receive(
         &mut self,
-        listener: &mut Listener,
+        connections: &mut Connections,
         agent: &mut impl Answer,
     ) -> Result<(), BrokenQueue> {
         let mut event = None;
@@ -138,12 +138,12 @@ impl VsockDevice {
         }
         if event == Some(TRANSPORT_RESET) {
             self.guest_cid = self.transport.config_word();
-            listener.transport_reset(self.guest_cid());
+            connections.transport_reset(self.guest_cid());
         }
         // At most one ring's worth, so that answers get out even if the host never pauses.
         let mut taken = 0;
         while taken < TO_GUEST_PACKETS
-            && self.to_guest.take(|packet| listener.receive(packet, agent))?.is_some()
+            && self.to_guest.take(|packet| connections.receive(packet, agent))?.is_some()
         {
             taken += 1;
         }
@@ -153,26 +153,31 @@ impl VsockDevice {
         Ok(())
     }
 
-    /// Sends what the listener has to send, as far as there are free buffers. Returns whether that was anything.
+    /// Carries out what has come in and sends what there is to send, as far as there are free buffers. Returns whether that was
+    /// anything.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
-    pub fn send(&mut self, listener: &mut Listener) -> Result<bool, BrokenQueue> {
+    pub fn send(
+        &mut self,
+        connections: &mut Connections,
+        agent: &mut impl Answer,
+    ) -> Result<bool, BrokenQueue> {
         #[cfg(feature = "attacks")]
         let sent = self.to_host.send(|buffer| match &mut self.noise {
-            Some(noise) => noise.among(buffer, |buffer| listener.next_packet(buffer)),
-            None => listener.next_packet(buffer),
+            Some(noise) => noise.among(buffer, |buffer| connections.next_packet(buffer, agent)),
+            None => connections.next_packet(buffer, agent),
         })?;
         #[cfg(not(feature = "attacks"))]
-        let sent = self.to_host.send(|buffer| listener.next_packet(buffer))?;
+        let sent = self.to_host.send(|buffer| connections.next_packet(buffer, agent))?;
         if sent == Some(true) {
             self.transport.notify(TO_HOST);
         }
         Ok(sent.is_some())
     }
 
-    /// Returns when there is something to do: polls for a while, then sleeps.
-    pub fn wait(&mut self) {
+    /// Returns when there is something to do, or `for_us` microseconds have passed: polls for a while, then sleeps.
+    pub fn wait(&mut self, for_us: Option<u64>) {
         for _ in 0..POLLS {
             if self.is_ready() {
                 return;
@@ -184,6 +189,9 @@ impl VsockDevice {
             io_apic::route(irq);
         }
         let seen = records::interrupts();
+        if let Some(us) = for_us {
+            gate::interrupt_in(us);
+        }
         self.set_interrupts(true);
         // The device must see the wish before we look for the last time (section 2.7.7.1).
         fence(Ordering::SeqCst);
