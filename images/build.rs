@@ -40,26 +40,19 @@ fn main() {
         let packages = ["-p", "unikernel", "-p", "agent-protocol"];
         run(cargo("clean", &unikernel, &target_dir).args(packages));
     }
-    let embed = |name: &str, features: &str| {
-        let image = match env::var_os("CARGO_FEATURE_FUZZING") {
-            Some(_) => Vec::new(),
-            None => build(&unikernel, &target_dir, features),
-        };
-        std::fs::write(out.join(name), image)
-            .unwrap_or_else(|error| panic!("write {name}: {error}"));
+    let image = match env::var_os("CARGO_FEATURE_FUZZING") {
+        Some(_) => Vec::new(),
+        None => build(&unikernel, &target_dir),
     };
-    // Before the agent, so that what lies in the build directory in the end is what everybody runs.
-    if env::var_os("CARGO_FEATURE_ATTACKER").is_some() {
-        embed("cleanslate-attacker.elf", "attacks");
-    }
-    embed("cleanslate-agent.elf", "");
+    let embedded = out.join(format!("{AGENT}.elf"));
+    std::fs::write(&embedded, image).unwrap_or_else(|error| panic!("write {embedded:?}: {error}"));
     std::fs::write(&last, digest).unwrap_or_else(|error| panic!("write {last:?}: {error}"));
 }
 
-/// Builds the agent with these features and reads it.
-fn build(unikernel: &Path, target_dir: &Path, features: &str) -> Vec<u8> {
+/// Builds the agent and reads it.
+fn build(unikernel: &Path, target_dir: &Path) -> Vec<u8> {
     let mut build = cargo("build", unikernel, target_dir);
-    run(build.args(["--locked", "--bins", "--features", features]));
+    run(build.args(["--locked", "--bins"]));
     let built = target_dir.join(TARGET).join("release").join(AGENT);
     std::fs::read(&built).unwrap_or_else(|error| panic!("read {built:?}: {error}"))
 }

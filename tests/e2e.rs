@@ -5,8 +5,12 @@
 /// How tests run the program, make guests and read what they say.
 mod harness;
 
+/// An agent that is after its monitor: the next life is clean, and nothing grows.
+mod attacks;
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
 mod bad_input;
+/// Host clients that break rules hurt only themselves.
+mod clients;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
 /// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.

@@ -1,7 +1,9 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
+pub mod client;
 pub mod guest;
 pub mod held;
+pub mod holdings;
 pub mod process;
 pub mod vsock_guest;
 

@@ -112,7 +112,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
-    /// Boot this image of the agent instead of the embedded one: anything that speaks its protocol
+    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 10 MiB and speaks the same protocol
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     agent: Option<PathBuf>,
 
