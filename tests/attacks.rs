@@ -13,6 +13,7 @@ use agent_protocol::{GuestReset, Reply, Request, frame};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::harness::agent;
 use crate::harness::client::{ask, greeted, try_greeted};
 use crate::harness::held::Held;
 use crate::harness::holdings::Holdings;
@@ -23,7 +24,7 @@ const HOST_PORT: u32 = 1234;
 /// Resets by the guest, so that it knows of them beforehand.
 const BY_GUEST: &str = "i8042,cf9,acpi,triple";
 
-/// A directory with the image, a disk, and a listener for the guest's connections.
+/// A directory with a disk and a listener for the guest's connections.
 struct Field {
     dir: TempDir,
     image: String,
@@ -37,7 +38,7 @@ impl Field {
         let dir = temp_dir();
         // The machine's process is nobody.
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
-        let image = file(&dir, "attacker.elf", images::ATTACKER);
+        let image = agent::built_with("attacks");
         let disk = file(&dir, "disk.img", &[0x5a; DISK_LEN]);
         let port = dir.path().join(format!("vsock_{HOST_PORT}"));
         let listener = UnixListener::bind(&port).unwrap();

@@ -1,5 +1,6 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
+pub mod agent;
 pub mod client;
 pub mod guest;
 pub mod held;
