@@ -9,6 +9,8 @@ mod harness;
 mod bad_input;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
+/// `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as in the guest, and ours are as they should be.
+mod dma_audit;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.

@@ -109,6 +109,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
+    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 10 MiB and speaks the same protocol
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    agent: Option<PathBuf>,
+
     /// Initial RAM disk for the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
@@ -197,7 +201,7 @@ impl Arguments {
                 ResetPolicy::Limited(self.resets),
                 ConsoleOutput::Stdout,
             ),
-            None => (Payload::Agent, ResetPolicy::InPlace, ConsoleOutput::Kept),
+            None => (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept),
         };
         Ok(Config {
             payload,

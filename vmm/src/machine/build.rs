@@ -180,7 +180,7 @@ fn build_vm(
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
     let memory = match config.payload {
-        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Agent(_) => Memory::map_below(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;

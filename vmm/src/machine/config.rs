@@ -126,7 +126,7 @@ impl Config {
         for VirtioSlot { base, pin } in self.virtio_slots() {
             words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
         }
-        if matches!(self.payload, Payload::Agent) {
+        if matches!(self.payload, Payload::Agent(_)) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
             words.push(format!("agent.acpi_poweroff={power_off:#x}:{ACPI_POWER_OFF:#x}"));
