@@ -6,8 +6,8 @@ use std::path::Path;
 
 use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
 
-use crate::harness::eventually;
 use crate::harness::held::Held;
+use crate::harness::{eventually, signal};
 
 /// Connects as any client of the convention does, and returns the connection and the answer.
 fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
@@ -126,6 +126,51 @@ fn a_reset_drops_open_connections() {
     }
     let (mut stream, _) = connect(&machine.path, AGENT_PORT);
     assert_eq!(receive::<Hello>(&mut stream).life, 2);
+    machine.end();
+}
+
+#[test]
+fn sigusr1_ends_all_connections_and_the_guest_goes_on() {
+    for arguments in [&[][..], &["--no-jail"]] {
+        let machine = Held::start_with(arguments);
+        for events in 1..=3 {
+            let mut streams: Vec<_> =
+                (0..3).map(|_| connect(&machine.path, AGENT_PORT).0).collect();
+            for stream in &mut streams {
+                assert_eq!(receive::<Hello>(stream).life, 1);
+            }
+            signal(machine.child(), rustix::process::Signal::USR1);
+            for mut stream in streams {
+                let mut rest = Vec::new();
+                stream.read_to_end(&mut rest).unwrap();
+                assert_eq!(rest, b"");
+            }
+            // It is the same life, and the guest has heard of it.
+            let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+            assert_eq!(receive::<Hello>(&mut stream).life, 1);
+            let Reply::State(state, _) = ask(&mut stream, &Request::GetState) else {
+                panic!("no state")
+            };
+            let heard = state.iter().find(|reading| reading.item == "vsock.events").unwrap();
+            assert_eq!(heard.value, Some(events));
+        }
+        machine.end();
+    }
+}
+
+#[test]
+fn clients_beyond_the_descriptors_of_a_machine_wait_and_disturb_nobody() {
+    let machine = Held::start_with(&["--resource-limit", "no-file=40"]);
+    let (mut first, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut first);
+    let waiting: Vec<_> = (0..60).map(|_| UnixStream::connect(&machine.path).unwrap()).collect();
+    waiting.iter().for_each(|mut stream| writeln!(stream, "CONNECT {AGENT_PORT}").unwrap());
+    assert_eq!(ask(&mut first, &Request::Ping(1)), Reply::Pong(1));
+    drop(waiting);
+    eventually("there is room again", || {
+        let (mut stream, answer) = connect(&machine.path, AGENT_PORT);
+        answer.starts_with("OK ") && receive::<Hello>(&mut stream).life == 1
+    });
     machine.end();
 }
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
-    GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report, Request, StateReading,
+    CheckTicks, GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report, Request,
+    StateReading,
 };
 use serde::de::DeserializeOwned;
 
@@ -89,9 +90,9 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn state(&mut self) -> Result<Vec<StateReading>, AgentError> {
+    pub fn state(&mut self) -> Result<(Vec<StateReading>, CheckTicks), AgentError> {
         match self.ask(&Request::GetState)? {
-            Reply::State(readings) => Ok(readings),
+            Reply::State(readings, ticks) => Ok((readings, ticks)),
             other => Err(unexpected(&other)),
         }
     }
@@ -100,9 +101,9 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn poison(&mut self) -> Result<Vec<Poisoning>, AgentError> {
+    pub fn poison(&mut self) -> Result<(Vec<Poisoning>, CheckTicks), AgentError> {
         match self.ask(&Request::Poison)? {
-            Reply::Poisoned(poisonings) => Ok(poisonings),
+            Reply::Poisoned(poisonings, ticks) => Ok((poisonings, ticks)),
             other => Err(unexpected(&other)),
         }
     }
@@ -131,15 +132,12 @@ impl Agent {
         }
     }
 
-    /// Has the guest do nothing more until the host resets the machine.
+    /// Has the guest do nothing more until the host resets the machine, which tells when it has come to that.
     ///
     /// # Errors
-    /// [`AgentError`].
+    /// [`AgentError`] if the request could not be sent.
     pub fn hold(&mut self) -> Result<(), AgentError> {
-        match self.ask(&Request::Hold)? {
-            Reply::Done => Ok(()),
-            other => Err(unexpected(&other)),
-        }
+        self.send(&Request::Hold)
     }
 
     /// Has the guest reset its machine. The conversation ends with its life.
@@ -203,8 +201,8 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Pong(_) => "with a pong".into(),
         Reply::Echo(_) => "with an echo".into(),
         Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
-        Reply::State(_) => "with its state".into(),
-        Reply::Poisoned(_) => "that it is poisoned".into(),
+        Reply::State(..) => "with its state".into(),
+        Reply::Poisoned(..) => "that it is poisoned".into(),
         Reply::Done => "that it is done".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })

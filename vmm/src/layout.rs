@@ -62,6 +62,8 @@ pub const I8042_DATA_PORT: u16 = 0x60;
 pub const NMI_STATUS_PORT: u16 = 0x61;
 /// Keyboard controller: command and status.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+/// Diagnostics of old; the agent says here that it rests. A number that an instruction can hold: no register is free then.
+pub const REST_PORT: u16 = 0x80;
 /// Reset control register of a PCI host bridge.
 pub const RESET_CONTROL_PORT: u16 = 0xcf9;
 /// ACPI registers: reset at +0, sleep control at +1, sleep status at +2.

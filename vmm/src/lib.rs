@@ -10,6 +10,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod device;
+pub mod exit;
 pub mod fault;
 #[allow(unsafe_code)]
 pub mod kvm;

@@ -129,6 +129,8 @@ struct Machine {
     memory: Memory,
     config: Config,
     life: u32,
+    /// Whether the guest of this life has said that it rests.
+    rested: bool,
     inbox: Receiver<Message>,
     /// Messages that were looked at and left for later; they come before the inbox.
     kept: VecDeque<Message>,
@@ -151,6 +153,8 @@ enum VcpuStop {
     Reset(Cause),
     /// The guest turned the machine off.
     PowerOff,
+    /// The guest does nothing more. It may run on.
+    Rest,
     /// KVM cannot go on.
     Stuck(GuestStuck),
     /// The host failed.
@@ -160,6 +164,7 @@ enum VcpuStop {
 enum Command {
     Reset,
     Nmi(NmiVia),
+    ResetTransport,
     Stop,
 }
 
@@ -226,6 +231,8 @@ pub enum Event {
         /// When the cause reached the monitor.
         at: Instant,
     },
+    /// The agent has come to its last instructions, with marks in all registers. At most once in a life.
+    Rested,
     /// An NMI was wanted, and this became of it.
     Nmi(NmiOutcome),
     /// It does not run any more. The last event.
@@ -334,6 +341,12 @@ impl Handle {
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
     pub fn inject_nmi(&self, via: NmiVia) {
         self.send(Command::Nmi(via));
+    }
+
+    /// Ends all vsock connections and has the device tell the guest that its transport was reset; see
+    /// [`Vsock::reset_transport`].
+    pub fn reset_transport(&self) {
+        self.send(Command::ResetTransport);
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.

@@ -4,7 +4,7 @@ mod dmesg;
 mod pmu;
 mod residue;
 
-use agent_protocol::{Cause, NmiRecord, Report};
+use agent_protocol::{Cause, CheckTicks, NmiRecord, Report};
 use serde::Serialize;
 
 use crate::device::virtio::audit::AuditMode;
@@ -34,6 +34,12 @@ pub struct Life {
     /// What became of the state that was poisoned before the reset, if it was.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub residue: Vec<Residue>,
+    /// How long the agent was busy with the residue check's look at everything, if it was asked for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub look_ticks: Option<CheckTicks>,
+    /// How long with poisoning everything before the reset, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poison_ticks: Option<CheckTicks>,
     /// What the DMA audit found, if there was one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dma_audit: Vec<Violation>,

@@ -19,10 +19,10 @@ pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
     PmuStatus, Report, Timings,
 };
-pub use residue::{Poisoning, StateReading};
+pub use residue::{CheckTicks, Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;

@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Poisoning, Report, StateReading};
+use crate::{CheckTicks, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +22,7 @@ pub struct Hello {
     pub tsc_ready: u64,
 }
 
-/// What the host asks of the agent. One at a time; each but `Reset` and `PowerOff` gets one [`Reply`].
+/// What the host asks of the agent. One at a time; each but `Reset`, `PowerOff` and `Hold` gets one [`Reply`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Send the [`Report`] of this life.
@@ -53,7 +53,8 @@ pub enum Request {
         /// How long to wait, in ticks of the time stamp counter.
         ticks: u64,
     },
-    /// Reply, then do nothing but wait for the host to reset the machine, with a mark in every register.
+    /// Do nothing but wait for the host to reset the machine, with a mark in every register. No reply: a write to port 0x80
+    /// says when it has come to that.
     Hold,
 }
 
@@ -73,10 +74,10 @@ pub enum Reply {
         delivered: bool,
     },
     /// To [`Request::GetState`].
-    State(Vec<StateReading>),
+    State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
-    Poisoned(Vec<Poisoning>),
-    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Hold`].
+    Poisoned(Vec<Poisoning>, CheckTicks),
+    /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),

@@ -168,6 +168,13 @@ impl Agent {
         }
     }
 
+    /// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
+    fn has_avx(&self) -> bool {
+        const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
+        let leaf_1_ecx = self.pmu.as_ref().map_or(0, |report| report.cpuid.leaf_1_ecx);
+        leaf_1_ecx & XSAVE_AND_AVX == XSAVE_AND_AVX
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -219,15 +226,20 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => Reply::State(machine_state::read(&self.params, self.events)),
+            Request::GetState => {
+                let (readings, ticks) =
+                    machine_state::read(&self.params, self.has_avx(), self.events);
+                Reply::State(readings, ticks)
+            }
             Request::Poison => {
                 self.poisoned = true;
-                Reply::Poisoned(machine_state::poison(&self.params))
+                let (poisonings, ticks) = machine_state::poison(&self.params, self.has_avx());
+                Reply::Poisoned(poisonings, ticks)
             }
             Request::Hold => {
                 machine_state::last_poison();
                 self.holds = true;
-                Reply::Done
+                return None;
             }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();

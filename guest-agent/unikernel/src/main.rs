@@ -40,6 +40,7 @@ extern "C" fn agent_start() -> ! {
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);
     let serial_report = params.serial_report;
+    machine_state::end_service();
     let mut agent = Agent::new(cmdline, params.clone(), agent_entered);
     if serial_report {
         report_on_serial(&mut agent);

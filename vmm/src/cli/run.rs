@@ -12,12 +12,13 @@ use agent_protocol::Cause;
 use clap::Args;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
-use super::{Error, exit, jail};
+use super::{Error, jail};
 use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::virtio::audit::AuditMode;
+use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
@@ -43,6 +44,8 @@ Exit status:
   4    with --kernel: triple fault beyond --resets
   5    with --kernel: KVM cannot run the guest any further
   130  interrupted
+
+SIGUSR1 ends all vsock connections and tells the guest so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 
 Examples:
   cleanslate run --resets 3
@@ -134,6 +137,11 @@ pub(super) struct Arguments {
     #[arg(long)]
     rng: bool,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
@@ -218,6 +226,7 @@ impl Arguments {
             vsock_path: self.uds.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
             // The jail knows.
@@ -268,9 +277,14 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
     if let Some(parent) = arguments.child_of {
         die_with(parent)?;
     }
-    let result = arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
-        lead(&arguments, config, resources, interrupts, started)
-    });
+    let notice = |text: &str| match arguments.json_lines {
+        true => lines::notice(text),
+        false => eprintln!("cleanslate: {text}"),
+    };
+    let result =
+        arguments.jail.run(arguments.config()?, notice, |config, resources, interrupts| {
+            lead(&arguments, config, resources, interrupts, started)
+        });
     if arguments.json_lines
         && let Err(error) = &result
     {

@@ -23,7 +23,7 @@ use crate::device::block::{Block, Disk};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
-use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
+use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::rng::Rng;
 use crate::device::virtio::audit::{AuditMode, DmaAudit};
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
@@ -105,6 +105,7 @@ pub fn launch(
         memory,
         config: config.clone(),
         life: 1,
+        rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
@@ -180,7 +181,7 @@ fn build_vm(
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
     let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
@@ -216,6 +217,9 @@ fn build_devices(
     ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
     ports.insert(layout::RESET_CONTROL_PORT.into(), 1, reset_control.clone());
     ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
+    if matches!(config.payload, Payload::Agent(_)) {
+        ports.insert(layout::REST_PORT.into(), 1, Arc::new(Mutex::new(RestPort)));
+    }
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);

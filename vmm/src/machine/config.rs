@@ -67,6 +67,8 @@ pub struct Config {
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.

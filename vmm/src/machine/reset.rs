@@ -52,6 +52,7 @@ impl Machine {
         }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
+        self.rested = false;
         self.devices.audit.iter().for_each(DmaAudit::begin_life);
         if matches!(self.config.payload, Payload::Agent(_)) {
             let text = self.config.command_line(self.life, cause);

@@ -30,6 +30,8 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
         hello_us: Some(900),
         report: Some(report),
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
         dma_audit: Vec::new(),
         failure: None,
     }
@@ -257,6 +259,8 @@ fn a_life_without_report_is_a_finding_of_that_life() {
         hello_us: None,
         report: None,
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
         dma_audit: Vec::new(),
         failure: Some(failure),
     };

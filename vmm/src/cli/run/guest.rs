@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use agent_protocol::Cause;
 
-use crate::cli::{Error, exit};
+use crate::cli::Error;
 use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::exit;
 use crate::machine::{Event, Handle, Stop};
 use crate::verify::DMA_AUDIT;
 
@@ -67,7 +68,7 @@ fn wait(machine: &Handle) -> Stop {
             Some(Event::Reset { life, cause, .. }) => {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
-            Some(Event::Nmi(_)) | None => {}
+            Some(Event::Nmi(_) | Event::Rested) | None => {}
         }
     }
 }
