@@ -275,6 +275,38 @@ fn the_table_is_bounded() {
 }
 
 #[test]
+fn a_connection_that_only_waits_for_its_confirmation_makes_room() {
+    let mut host = Host::connected();
+    host.ask(&Request::Shutdown { send: true, receive: true });
+    host.packets();
+    host.template.fwd_cnt = 0;
+    for port in 0..MAX_CONNECTIONS as u32 {
+        host.send_header(Header { source_port: 2000 + port, ..host.template }, &[]);
+    }
+    let packets = host.packets();
+    let mut rst = packets.iter().filter(|header| header.operation == Operation::Rst);
+    assert_eq!(rst.next().unwrap().destination_port, 1000);
+    assert_eq!(rst.next(), None);
+}
+
+#[test]
+fn memory_is_everybodys_again_when_a_connection_is_over() {
+    let mut host = Host::new();
+    let long = (frame::MAX_PAYLOAD as u32).to_le_bytes();
+    let half = [&long[..], &vec![0; BUF_ALLOC as usize - 4]].concat();
+    for _ in 0..2 * MAX_HELD / half.len() {
+        host.template.fwd_cnt = 0;
+        host.send(Operation::Request, &[]);
+        host.send(Operation::Rw, &half);
+        host.packets();
+        assert!(host.connections.held >= half.len());
+        host.send(Operation::Rst, &[]);
+    }
+    assert_eq!(host.agent.warnings, [] as [String; 0]);
+    assert_eq!(host.connections.held, 0);
+}
+
+#[test]
 fn packets_for_connections_that_this_life_never_had_are_noted() {
     let mut host = Host::new();
     let operations = [
