@@ -188,7 +188,7 @@ impl Guest {
         vsock.activate(Driver {
             ram: ram.clone(),
             features: F_VERSION_1 | EVENT_IDX,
-            queues: vec![first, second, Queue::new(64).expect("a power of two")],
+            queues: [first, second, Queue::new(64).expect("a power of two")].map(Into::into).into(),
             interrupt: Arc::new(Nobody),
         });
         let free = (0..64).collect();

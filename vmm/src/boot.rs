@@ -23,8 +23,8 @@ use image::Kind;
 /// What to boot.
 #[derive(Clone, Debug)]
 pub enum Payload {
-    /// The embedded guest agent.
-    Agent,
+    /// A guest agent: the embedded one, or the image in a file.
+    Agent(Option<PathBuf>),
     /// A kernel of the user's: an ELF with or without a PVH note, or a bzImage.
     Kernel {
         /// The kernel.
@@ -37,8 +37,8 @@ pub enum Payload {
 /// A payload whose files are open: what a confined process can load.
 #[derive(Debug)]
 pub enum Image {
-    /// The embedded guest agent.
-    Agent,
+    /// A guest agent: the embedded one, or the image in a file.
+    Agent(Option<ImageFile>),
     /// A kernel of the user's.
     Kernel {
         /// The kernel.
@@ -62,7 +62,8 @@ impl Payload {
     /// [`BootError::Read`].
     pub fn open(&self) -> Result<Image, BootError> {
         match self {
-            Self::Agent => Ok(Image::Agent),
+            Self::Agent(None) => Ok(Image::Agent(None)),
+            Self::Agent(Some(path)) => Ok(Image::Agent(Some(ImageFile::open("agent", path)?))),
             Self::Kernel { kernel, initrd } => Ok(Image::Kernel {
                 kernel: ImageFile::open("kernel", kernel)?,
                 initrd: match initrd {
@@ -92,7 +93,7 @@ impl Image {
     /// The open files.
     pub fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let (kernel, initrd) = match self {
-            Self::Agent => (None, None),
+            Self::Agent(agent) => (agent.as_ref(), None),
             Self::Kernel { kernel, initrd } => (Some(kernel), initrd.as_ref()),
         };
         kernel.into_iter().chain(initrd).map(|image| image.file.as_fd())
@@ -105,7 +106,7 @@ pub enum BootError {
     /// The file cannot be opened or read.
     #[error("read {what} {path:?}")]
     Read {
-        /// `kernel` or `initrd`.
+        /// `agent`, `kernel` or `initrd`.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -162,12 +163,12 @@ pub fn load(
     write_command_line(ram, command_line)?;
     acpi::write(ram, vcpus, slots)?;
     match image {
-        Image::Agent => {
-            let mut image = Cursor::new(images::AGENT);
-            load_image(ram, PathBuf::from("guest agent"), &mut image, None)
+        Image::Agent(None) => {
+            load_agent(ram, PathBuf::from("guest agent"), &mut Cursor::new(images::AGENT))
         }
+        Image::Agent(Some(ImageFile { mut file, path })) => load_agent(ram, path, &mut file),
         Image::Kernel { kernel: ImageFile { mut file, path }, initrd } => {
-            load_image(ram, path, &mut file, initrd)
+            load_image(ram, path, &mut file, initrd, u64::MAX)
         }
     }
 }
@@ -200,11 +201,26 @@ struct InitrdRange {
     bytes: u64,
 }
 
+fn load_agent<F: io::Read + vm_memory::ReadVolatile + Seek>(
+    ram: &GuestRam,
+    path: PathBuf,
+    file: &mut F,
+) -> Result<Entry, BootError> {
+    match load_image(ram, path.clone(), file, None, layout::AGENT_END)? {
+        entry @ Entry::Pvh { .. } => Ok(entry),
+        Entry::Linux64 { .. } => {
+            Err(BootError::Kernel { path, problem: "is no agent: it has no PVH note".into() })
+        }
+    }
+}
+
+/// Loads what has to end at `highest`.
 fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
     ram: &GuestRam,
     path: PathBuf,
     file: &mut F,
     initrd: Option<ImageFile>,
+    highest: u64,
 ) -> Result<Entry, BootError> {
     let refuse = |problem: String| BootError::Kernel { path: path.clone(), problem };
     let kind = image::inspect(file, ram).map_err(refuse)?;
@@ -218,6 +234,10 @@ fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
         // A bzImage unpacks itself to its preferred address and needs room there.
         loaded.kernel_end.max(header.pref_address.saturating_add(u64::from(header.init_size)))
     });
+    if kernel_end > highest {
+        let mib = highest >> 20;
+        return Err(refuse(format!("is no agent: those end below {mib} MiB")));
+    }
     let limit = linux64::initrd_limit(loaded.setup_header.as_ref());
     let initrd = initrd.map(|initrd| load_initrd(ram, initrd, kernel_end, limit)).transpose()?;
     match loaded.pvh_boot_cap {

@@ -2,6 +2,8 @@
 
 mod agent;
 mod jail;
+mod merge;
+mod reports;
 mod run;
 mod soak;
 mod vsock;
@@ -12,25 +14,8 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 
+use crate::exit;
 use crate::lifecycle::chain;
-
-/// What the process's exit status says.
-pub mod exit {
-    /// The machine is clean, or a guest of the user's ended by turning the machine off.
-    pub const CLEAN: u8 = 0;
-    /// The verdict has findings.
-    pub const FINDINGS: u8 = 1;
-    /// Wrong usage, or the host failed.
-    pub const USAGE_OR_HOST: u8 = 2;
-    /// A guest of the user's asked for a reset beyond `--resets`.
-    pub const GUEST_RESET: u8 = 3;
-    /// A guest of the user's died of a triple fault beyond `--resets`.
-    pub const GUEST_TRIPLE_FAULT: u8 = 4;
-    /// KVM cannot run the guest any further.
-    pub const GUEST_STUCK: u8 = 5;
-    /// SIGINT or SIGTERM.
-    pub const INTERRUPTED: u8 = 130;
-}
 
 /// A microVM monitor that resets its machine in place and proves that nothing was left behind.
 #[derive(Debug, Parser)]
@@ -44,6 +29,7 @@ struct Arguments {
 enum Command {
     Run(Box<run::Arguments>),
     Soak(Box<soak::Arguments>),
+    Merge(merge::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
 }
@@ -74,6 +60,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
+        Command::Merge(arguments) => merge::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),
     }

@@ -31,7 +31,7 @@ fn run() -> ! {
     vmm::memory::prepare_process();
     let Ok(null) = prepare_descriptors() else {
         // There is nowhere to say so.
-        std::process::exit(vmm::cli::exit::USAGE_OR_HOST.into());
+        std::process::exit(vmm::exit::USAGE_OR_HOST.into());
     };
     let status = vmm::cli::status(vmm::cli::main(started, null));
     // Not a return: this writes what is left in the standard library's buffers.

@@ -9,12 +9,14 @@
 
 extern crate alloc;
 
+mod device;
 pub mod frame;
 mod message;
 mod pattern;
 mod report;
 mod residue;
 
+pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{
     Cause, ConnectError, GuestReset, Hello, ParseCauseError, Reply, Request, Transfer, Transferred,
 };
@@ -23,7 +25,7 @@ pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
     PmuStatus, Report, Timings, VsockReport,
 };
-pub use residue::{Poisoning, StateReading};
+pub use residue::{CheckTicks, Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
 pub const PROTOCOL_VERSION: u16 = 4;

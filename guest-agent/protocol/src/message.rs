@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Poisoning, Report, StateReading};
+use crate::{CheckTicks, DiskAnswer, DiskRequest, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +22,7 @@ pub struct Hello {
     pub tsc_ready: u64,
 }
 
-/// What the host asks of the agent. One at a time; each but `Reset` and `PowerOff` gets one [`Reply`].
+/// What the host asks of the agent. One at a time; each but `Reset`, `PowerOff` and `Hold` gets one [`Reply`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Send the [`Report`] of this life.
@@ -53,7 +53,8 @@ pub enum Request {
         /// How long to wait, in ticks of the time stamp counter.
         ticks: u64,
     },
-    /// Reply, then do nothing but wait for the host to reset the machine, with a mark in every register.
+    /// Do nothing but wait for the host to reset the machine, with a mark in every register. No reply: a write to port 0x80
+    /// says when it has come to that.
     Hold,
     /// Open a connection to a port of the host. It is greeted and served like one that the host has opened.
     Connect {
@@ -70,6 +71,18 @@ pub enum Request {
         send: bool,
         /// The agent takes no more: what still comes is dropped.
         receive: bool,
+    },
+    /// Use a disk.
+    Disk {
+        /// Which of them, from 0 on.
+        number: u8,
+        /// For what.
+        request: DiskRequest,
+    },
+    /// Send so many random bytes of the virtio-rng device, or as many as it gives at once.
+    Random {
+        /// How many.
+        bytes: u32,
     },
 }
 
@@ -129,13 +142,17 @@ pub enum Reply {
         delivered: bool,
     },
     /// To [`Request::GetState`].
-    State(Vec<StateReading>),
+    State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
-    Poisoned(Vec<Poisoning>),
-    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`], [`Request::Hold`] and [`Request::Shutdown`].
+    Poisoned(Vec<Poisoning>, CheckTicks),
+    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Shutdown`].
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),
+    /// To [`Request::Disk`].
+    Disk(DiskAnswer),
+    /// To [`Request::Random`].
+    Random(Vec<u8>),
     /// To [`Request::Connect`]: the guest's port of the new connection.
     Connected(Result<u32, ConnectError>),
     /// To [`Request::Transfer`].

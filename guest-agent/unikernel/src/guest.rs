@@ -16,6 +16,7 @@ use agent_protocol::{
 use crate::arch::{gate, leave, port, pvh, records, tsc};
 use crate::dma;
 use crate::machine_state;
+use crate::virtio::RequestDevices;
 
 /// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
 const PATIENCE: u32 = 1 << 18;
@@ -35,6 +36,8 @@ pub struct Agent {
     entered: tsc::Native,
     /// Events of the vsock device so far: none, unless the machine was restored from somewhere.
     events: u64,
+    /// Devices that the host has asked for.
+    devices: RequestDevices,
     vsock: VsockReport,
     /// Whether this life ends with marks in all registers.
     poisoned: bool,
@@ -55,6 +58,7 @@ impl Agent {
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
             events: 0,
+            devices: RequestDevices::default(),
             vsock: VsockReport::default(),
             poisoned: false,
             holds: false,
@@ -133,6 +137,8 @@ impl Agent {
 
     /// Waits for the host to reset the machine, with marks in all registers.
     pub fn hold(&self) -> ! {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         leave::to_host()
     }
 
@@ -184,6 +190,13 @@ impl Agent {
         }
     }
 
+    /// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
+    fn has_avx(&self) -> bool {
+        const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
+        let leaf_1_ecx = self.pmu.as_ref().map_or(0, |report| report.cpuid.leaf_1_ecx);
+        leaf_1_ecx & XSAVE_AND_AVX == XSAVE_AND_AVX
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -196,6 +209,8 @@ impl Agent {
 
     /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         if self.poisoned {
             machine_state::last_poison();
             match (reset, self.params.acpi_reset) {
@@ -237,15 +252,28 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => Reply::State(machine_state::read(&self.params, self.events)),
+            Request::GetState => {
+                let (readings, ticks) =
+                    machine_state::read(&self.params, self.has_avx(), self.events);
+                Reply::State(readings, ticks)
+            }
             Request::Poison => {
                 self.poisoned = true;
-                Reply::Poisoned(machine_state::poison(&self.params))
+                let (poisonings, ticks) = machine_state::poison(&self.params, self.has_avx());
+                Reply::Poisoned(poisonings, ticks)
             }
             Request::Hold => {
                 machine_state::last_poison();
                 self.holds = true;
-                Reply::Done
+                return None;
+            }
+            Request::Disk { number, request } => {
+                let answer = self.devices.disk(&self.params, number, &request);
+                answer.map_or_else(Reply::Refused, Reply::Disk)
+            }
+            Request::Random { bytes } => {
+                let random = self.devices.random(&self.params, bytes);
+                random.map_or_else(Reply::Refused, Reply::Random)
             }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();

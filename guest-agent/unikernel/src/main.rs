@@ -11,6 +11,8 @@ extern crate alloc;
 
 #[allow(unsafe_code)]
 mod arch;
+#[cfg(feature = "attacks")]
+mod attacker;
 #[allow(unsafe_code)]
 mod dma;
 mod guest;
@@ -40,6 +42,7 @@ extern "C" fn agent_start() -> ! {
     let cmdline = pvh::cmdline();
     let params = Params::parse(&cmdline);
     let serial_report = params.serial_report;
+    machine_state::end_service();
     let mut agent = Agent::new(cmdline, params.clone(), agent_entered);
     if serial_report {
         report_on_serial(&mut agent);
@@ -63,6 +66,8 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
             if device.is_some() {
                 agent.set_ready();
             }
+            #[cfg(feature = "attacks")]
+            let device = device.map(|device| device.with_noise(params));
             device
         }
         Err(error) => {

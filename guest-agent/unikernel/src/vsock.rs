@@ -4,6 +4,9 @@
 mod connection;
 mod connections;
 mod credit;
+#[cfg(feature = "fuzzing")]
+pub mod packet;
+#[cfg(not(feature = "fuzzing"))]
 mod packet;
 mod session;
 mod transfer;

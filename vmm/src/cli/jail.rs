@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use jailer::cgroup::Setting;
 use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, Root, User};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
 use crate::device::block::WORKERS;
@@ -79,18 +80,18 @@ pub(super) enum EndError {
 
 impl Arguments {
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
-    /// here. Returns what `work` does, as the exit status.
+    /// here. Returns what `work` does, as the exit status. `notice` says what the user should know before.
     pub fn run(
         &self,
         config: Config,
+        notice: impl Fn(&str),
         work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
     ) -> Result<u8, Error> {
         if self.no_jail {
-            eprintln!(
-                "cleanslate: --no-jail: the machine runs in this process, with all its rights"
-            );
+            notice("--no-jail: the machine runs in this process, with all its rights");
+            allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
-            let interrupts = Interrupts::catch()?.and_transport_resets()?;
+            let interrupts = Interrupts::catch_as_started()?.and_transport_resets()?;
             let (resources, _socket_files) = Resources::open(&config)?;
             return work(&config, resources, interrupts);
         }
@@ -98,7 +99,7 @@ impl Arguments {
         let mut prepared = self.jail(&config)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
-            eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
+            notice(&format!("the jail is weaker than it should be: {lack}"));
         }
         let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
             let work = || -> Result<u8, Error> {
@@ -153,6 +154,18 @@ impl Arguments {
             limits: [&limits[..], &self.resource_limit].concat(),
             runs_a_program: false,
         })
+    }
+}
+
+/// Lets this process have as many descriptors as one in a jail, or as many as it may.
+fn allow_descriptors() -> rustix::io::Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
+    match current {
+        Some(current) if current < wanted => {
+            setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+        }
+        _ => Ok(()),
     }
 }
 

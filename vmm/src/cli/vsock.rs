@@ -13,8 +13,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags};
 
 use self::pipe::{Ending, PipeError};
-use super::{Error, exit};
+use super::Error;
 use crate::device::vsock::{HostPort, MAX_LINE, SocketType, VsockError, listen_on_host_port};
+use crate::exit;
 use crate::machine::Interrupts;
 
 /// Reach a guest's vsock ports from a shell, or be reached by the guest

@@ -31,27 +31,35 @@ impl Leader<'_> {
     pub(super) fn reset(&mut self, mut agent: Agent, step: Step) -> Result<Beginning, Trouble> {
         let Step { cause, moment, delay } = step;
         self.trace.note(|| format!("next: {cause} {moment}, after {} us", delay.as_micros()));
-        let _busy = self.make_busy(&mut agent, moment)?;
+        let mut busy = self.make_busy(&mut agent, moment)?;
+        // Registers that the agent needs are poisoned last of all: it does nothing more then. In the middle of a transfer it has
+        // to be at work.
+        self.left = false;
+        if self.plan.poison && guest_reset(cause).is_none() && moment != Moment::MidTransfer {
+            self.hold(&mut agent)?;
+            self.trace.note(|| "the agent rests".into());
+            self.left = true;
+        }
+        if moment == Moment::MidConnect {
+            for _ in 0..OPEN_CONNECTIONS {
+                busy.push(self.connect()?);
+            }
+            self.trace.note(|| format!("{OPEN_CONNECTIONS} connections asked for"));
+        }
         // With two resets the delay is between them.
         let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
         self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
         if moment == Moment::NmiPending {
-            // Right before the reset, whatever the delay was. Nobody can mask it: poison masks the pin.
+            // Right before the reset, whatever the delay was. Nobody can mask it, as one could the pin.
             self.machine.inject_nmi(NmiVia::Message);
             self.trace.note(|| "NMI sent".into());
         }
         match guest_reset(cause) {
-            None => {
-                if self.plan.poison && moment == Moment::Quiet {
-                    // Registers that the agent needs are poisoned last of all. At other moments it has work to do.
-                    agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
-                }
-                self.machine.reset();
-            }
+            None => self.machine.reset(),
             Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
         }
         self.trace.note(|| format!("reset by {cause} asked for"));
-        match moment {
+        let beginning = match moment {
             Moment::TwoCauses => self.reset_as_well(cause, delay),
             Moment::MidBoot => {
                 self.await_reset(cause, cause, moment)?;
@@ -61,6 +69,27 @@ impl Leader<'_> {
                 self.await_reset(Cause::Host, Cause::Host, moment)
             }
             _ => self.await_reset(cause, cause, moment),
+        }?;
+        if !self.left {
+            for poisoning in self.poisoned.iter_mut().filter(|poisoning| poisoning.last) {
+                poisoning.result =
+                    Err("the host reset the machine while the agent was at work".into());
+            }
+        }
+        Ok(beginning)
+    }
+
+    /// Has the agent do nothing more, and waits until its registers have their marks.
+    fn hold(&self, agent: &mut Agent) -> Result<(), Trouble> {
+        agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
+        match self.machine.next_event(self.plan.timeout) {
+            Some(Event::Rested) => Ok(()),
+            Some(event) => Err(self.unexpected(event)),
+            None => {
+                let words =
+                    format!("the agent did not come to rest within {:?}", self.plan.timeout);
+                Err(self.failure(FailureKind::NoReset, words))
+            }
         }
     }
 
@@ -68,13 +97,11 @@ impl Leader<'_> {
     fn reset_as_well(&mut self, first: Cause, delay: Duration) -> Result<Beginning, Trouble> {
         let moment = Moment::TwoCauses;
         let mut first_came = false;
-        if !delay.is_zero()
-            && let Some(event) = self.machine.next_event(delay)
-        {
-            self.trace.note(|| format!("{event:?}"));
-            match event {
-                Event::Reset { cause, .. } if cause == first => first_came = true,
-                event => return Err(self.unexpected(event)),
+        if !delay.is_zero() {
+            match self.next_event(delay) {
+                None => {}
+                Some(Event::Reset { cause, .. }) if cause == first => first_came = true,
+                Some(event) => return Err(self.unexpected(event)),
             }
         }
         self.machine.reset();
@@ -87,14 +114,14 @@ impl Leader<'_> {
         self.await_reset(may_come, Cause::Host, moment)
     }
 
-    /// Makes the machine busy. What is returned has to stay open until it is reset.
+    /// Makes the guest busy. What is returned has to stay open until it is reset.
     fn make_busy(&mut self, agent: &mut Agent, moment: Moment) -> Result<Vec<UnixStream>, Trouble> {
         match moment {
             Moment::Quiet | Moment::NmiPending | Moment::TwoCauses | Moment::MidBoot => {
                 Ok(Vec::new())
             }
             Moment::MidTransfer => self.begin_transfers(agent),
-            Moment::MidConnect => self.ask_for_connections(),
+            Moment::MidConnect => self.have_guest_connect(),
         }
     }
 
@@ -127,19 +154,14 @@ impl Leader<'_> {
         streams.collect()
     }
 
-    /// Connections that nobody has accepted, from either side.
-    fn ask_for_connections(&mut self) -> Result<Vec<UnixStream>, Trouble> {
-        let mut streams = vec![self.expect(Acceptance::Never)?];
+    /// Has the guest ask for a connection that the host never accepts.
+    fn have_guest_connect(&mut self) -> Result<Vec<UnixStream>, Trouble> {
+        let never_accepted = self.expect(Acceptance::Never)?;
         let mut asking = self.connect()?;
         let timeout_ms = u32::try_from(self.plan.timeout.as_millis()).unwrap_or(u32::MAX);
         self.write(&mut asking, &Request::Connect { host_port: EXPECTED_PORT.0, timeout_ms });
-        streams.push(asking);
-        for _ in 0..OPEN_CONNECTIONS {
-            streams.push(self.connect()?);
-        }
-        self.trace
-            .note(|| format!("{OPEN_CONNECTIONS} connections asked for, and one by the guest"));
-        Ok(streams)
+        self.trace.note(|| "the guest is to ask for a connection".into());
+        Ok(vec![never_accepted, asking])
     }
 
     /// A connection to the agent, which has not accepted it yet.
@@ -186,15 +208,7 @@ impl Leader<'_> {
     ) -> Result<Beginning, Trouble> {
         let mut first_may_come = first != last;
         loop {
-            let event = self.machine.next_event(self.plan.timeout);
-            match &event {
-                Some(Event::Reset { life, cause, .. }) => {
-                    self.trace.note(|| format!("life {life} began, by {cause}"));
-                }
-                Some(event) => self.trace.note(|| format!("{event:?}")),
-                None => {}
-            }
-            match event {
+            match self.next_event(self.plan.timeout) {
                 Some(Event::Reset { life, cause, at }) if cause == last => {
                     return Ok(Beginning { life, cause, moment: Some(moment), at });
                 }
@@ -212,6 +226,20 @@ impl Leader<'_> {
                 }
             }
         }
+    }
+
+    /// What happens next, with a note of it.
+    fn next_event(&mut self, timeout: Duration) -> Option<Event> {
+        let event = self.machine.next_event(timeout)?;
+        match &event {
+            Event::Reset { life, cause, .. } => {
+                self.trace.note(|| format!("life {life} began, by {cause}"));
+                // A guest resets the machine in the last instruction of its poisoned life.
+                self.left |= guest_reset(*cause).is_some();
+            }
+            event => self.trace.note(|| format!("{event:?}")),
+        }
+        Some(event)
     }
 }
 

@@ -247,6 +247,14 @@ impl Machine {
                 ResetPolicy::InPlace | ResetPolicy::Limited(_) => self.reset_or_stop(cause, at),
             },
             VcpuStop::PowerOff => Some(Stop::PowerOff),
+            VcpuStop::Rest => {
+                // Nobody hears it twice, however often the guest says it.
+                if !std::mem::replace(&mut self.rested, true) {
+                    let _ = self.events.send(Event::Rested);
+                }
+                self.run_vcpus();
+                None
+            }
             VcpuStop::Stuck(stuck) => Some(Stop::Stuck(stuck)),
             VcpuStop::Failed(error) => Some(Stop::Failed(error)),
         }

@@ -10,9 +10,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 use super::MachineError;
-
-/// Status of a process that a signal ended, as shells give it for SIGINT.
-const EXIT_INTERRUPTED: i32 = 130;
+use crate::exit;
 
 /// What a signal wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +37,34 @@ impl Interrupts {
     /// # Errors
     /// [`MachineError::Host`].
     pub fn catch() -> Result<Self, MachineError> {
-        Self::register().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))
+        Self::register(&[SIGINT, SIGTERM, SIGHUP])
     }
 
-    fn register() -> io::Result<Self> {
+    /// The same, but if this process was started with SIGHUP ignored, that stays so: `nohup` has asked for it. Not for a jail,
+    /// where nobody could tell.
+    ///
+    /// # Errors
+    /// [`MachineError::Host`].
+    pub fn catch_as_started() -> Result<Self, MachineError> {
+        match is_ignored(SIGHUP) {
+            true => Self::register(&[SIGINT, SIGTERM]),
+            false => Self::catch(),
+        }
+    }
+
+    fn register(signals: &[i32]) -> Result<Self, MachineError> {
+        Self::try_register(signals).map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))
+    }
+
+    fn try_register(signals: &[i32]) -> io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         let asked_before = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, asked_before.clone())?;
+        for signal in signals.iter().copied() {
+            flag::register_conditional_shutdown(
+                signal,
+                exit::INTERRUPTED.into(),
+                asked_before.clone(),
+            )?;
             flag::register(signal, asked_before.clone())?;
             signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
         }
@@ -84,6 +102,14 @@ impl Interrupts {
             Interrupt::End
         }
     }
+}
+
+/// Whether this process ignores `signal`, as it does if it was started so.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
 }
 
 impl AsRawFd for Interrupts {

@@ -6,7 +6,7 @@ use core::sync::atomic::{Ordering, fence};
 use virtio_drivers::Result;
 use virtio_drivers::queue::VirtQueue;
 
-use super::buffer::{DmaBuffer, Pool};
+use super::buffer::{Buffer, DmaBuffer, Pool};
 use super::hal::AgentHal;
 use super::ring_places::RingPlaces;
 use crate::arch::virtio::QueueSetUp;
@@ -23,20 +23,20 @@ struct Posted {
 }
 
 /// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
-struct Slots<const SIZE: usize, const LEN: usize> {
+struct Slots<const SIZE: usize, const LEN: usize, B: 'static = DmaBuffer<LEN>> {
     ring: VirtQueue<AgentHal, SIZE>,
     set_up: QueueSetUp,
-    buffers: &'static mut [DmaBuffer<LEN>; SIZE],
+    buffers: &'static mut [B; SIZE],
     /// By descriptor.
     posted: [Option<Posted>; SIZE],
 }
 
-impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
+impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> Slots<SIZE, LEN, B> {
     const SIZES_FIT: () = assert!(SIZE <= 1 << 8 && LEN <= u32::MAX as usize);
 
     /// Boxed and not inlined: three queues in one frame would spread the stack over pages that are never used again.
     #[inline(never)]
-    fn new(index: u16, pool: &'static Pool<SIZE, LEN>) -> Result<Box<Self>> {
+    fn new(index: u16, pool: &'static Pool<SIZE, LEN, B>) -> Result<Box<Self>> {
         let () = Self::SIZES_FIT;
         // No event index: `VirtQueue::should_notify` compares it without wrapping and would lose a notification once
         // in 65,536 packets. The flags do as well.
@@ -88,14 +88,16 @@ impl<const SIZE: usize, const LEN: usize> Slots<SIZE, LEN> {
 }
 
 /// A queue on which the device gives data to the guest. Its buffers are always posted.
-pub struct ToGuestQueue<const SIZE: usize, const LEN: usize>(Box<Slots<SIZE, LEN>>);
+pub struct ToGuestQueue<const SIZE: usize, const LEN: usize, B: 'static = DmaBuffer<LEN>>(
+    Box<Slots<SIZE, LEN, B>>,
+);
 
-impl<const SIZE: usize, const LEN: usize> ToGuestQueue<SIZE, LEN> {
+impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> ToGuestQueue<SIZE, LEN, B> {
     /// Prepares the queue and posts all buffers.
     ///
     /// # Errors
     /// If no memory is left for rings.
-    pub fn new(index: u16, pool: &'static Pool<SIZE, LEN>) -> Result<Self> {
+    pub fn new(index: u16, pool: &'static Pool<SIZE, LEN, B>) -> Result<Self> {
         let mut slots = Slots::new(index, pool)?;
         for slot in 0..SIZE {
             slots.post(slot as u8, LEN as u32, true)?;

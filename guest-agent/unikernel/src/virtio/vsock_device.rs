@@ -9,8 +9,10 @@ use super::transport::MmioTransport;
 use crate::arch::mmio::Registers;
 use crate::arch::virtio::{Refusal, VirtioSetUp};
 use crate::arch::{gate, records};
-use crate::dma::pools::{self, EVENT_LEN, EVENTS, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS};
-use crate::dma::{BrokenQueue, ToGuestQueue, ToHostQueue};
+use crate::dma::pools::{
+    self, EVENT_LEN, EVENTS, EventBuffer, PACKET_LEN, TO_GUEST_PACKETS, TO_HOST_PACKETS,
+};
+use crate::dma::{BrokenQueue, Buffer, ToGuestQueue, ToHostQueue};
 use crate::io_apic;
 
 const TO_GUEST: u16 = 0;
@@ -53,9 +55,11 @@ pub struct VsockDevice {
     transport: MmioTransport,
     to_guest: ToGuestQueue<TO_GUEST_PACKETS, PACKET_LEN>,
     to_host: ToHostQueue<TO_HOST_PACKETS, PACKET_LEN>,
-    events: ToGuestQueue<EVENTS, EVENT_LEN>,
+    events: ToGuestQueue<EVENTS, EVENT_LEN, EventBuffer>,
     guest_cid: u32,
     unrouted_irq: Option<u8>,
+    #[cfg(feature = "attacks")]
+    noise: Option<agent::attack::Noise>,
 }
 
 impl VsockDevice {
@@ -84,11 +88,28 @@ impl VsockDevice {
         });
         let Some((result, irq)) = started else { return Ok(None) };
         let (transport, guest_cid) = result.map_err(StartError::Device)?;
-        let device =
-            Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
+        let device = Self {
+            transport,
+            to_guest,
+            to_host,
+            events,
+            guest_cid,
+            unrouted_irq: Some(irq),
+            #[cfg(feature = "attacks")]
+            noise: None,
+        };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
+        #[cfg(feature = "packed-event-buffers")]
+        pools::EVENT.note_running();
         Ok(Some(device))
+    }
+
+    /// The same with bad packets among the good ones, if the command line wants them.
+    #[cfg(feature = "attacks")]
+    pub fn with_noise(mut self, params: &agent::params::Params) -> Self {
+        self.noise = params.attack.noise(params.life, self.guest_cid());
+        self
     }
 
     /// Our context id. Its upper half is reserved and zero.
@@ -142,6 +163,12 @@ impl VsockDevice {
         connections: &mut Connections,
         agent: &mut impl Answer,
     ) -> Result<bool, BrokenQueue> {
+        #[cfg(feature = "attacks")]
+        let sent = self.to_host.send(|buffer| match &mut self.noise {
+            Some(noise) => noise.among(buffer, |buffer| connections.next_packet(buffer, agent)),
+            None => connections.next_packet(buffer, agent),
+        })?;
+        #[cfg(not(feature = "attacks"))]
         let sent = self.to_host.send(|buffer| connections.next_packet(buffer, agent))?;
         if sent == Some(true) {
             self.transport.notify(TO_HOST);
@@ -174,10 +201,10 @@ impl VsockDevice {
         self.set_interrupts(false);
     }
 
-    fn notify_posted<const SIZE: usize, const LEN: usize>(
+    fn notify_posted<const SIZE: usize, const LEN: usize, B: Buffer<LEN>>(
         &self,
         index: u16,
-        queue: &ToGuestQueue<SIZE, LEN>,
+        queue: &ToGuestQueue<SIZE, LEN, B>,
     ) {
         if queue.should_notify() {
             self.transport.notify(index);

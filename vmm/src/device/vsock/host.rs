@@ -51,7 +51,7 @@ impl Host {
         Ok(Self {
             cid,
             seqpacket: true,
-            clients: Clients::new(listener, &poller)?,
+            clients: Clients::new(listener, patience, &poller)?,
             poller,
             inbox,
             expected: Vec::new(),
@@ -80,7 +80,7 @@ impl Host {
         for event in events {
             match event.token {
                 Token::Listener(socket_type) => {
-                    self.clients.accept(socket_type, &self.poller, self.patience);
+                    self.clients.accept(socket_type, &self.poller);
                 }
                 Token::Wake => self.take_requests(),
                 Token::Timer => self.expire(),

@@ -161,7 +161,7 @@ impl TestDriver {
         vsock.activate(Driver {
             ram: ram.clone(),
             features: F_VERSION_1 | features,
-            queues: vec![queue_0, queue_1, queue_2],
+            queues: [queue_0, queue_1, queue_2].map(Into::into).into(),
             interrupt: interrupts.clone(),
         });
         let mut driver = Self {

@@ -113,7 +113,7 @@ fn rings_outside_ram_stop_the_device_at_once() {
     vsock.activate(Driver {
         ram: donor.ram.clone(),
         features: 0,
-        queues: vec![untouched(), queue, untouched()],
+        queues: [untouched(), queue, untouched()].map(Into::into).into(),
         interrupt: donor.interrupts.clone(),
     });
     assert!(vsock.needs_reset());
@@ -128,7 +128,7 @@ fn a_driver_that_leaves_the_queues_alone_is_left_alone() {
         vsock.activate(Driver {
             ram: donor.ram.clone(),
             features: 0,
-            queues: (0..count).map(|_| virtio_queue::Queue::new(256).unwrap()).collect(),
+            queues: (0..count).map(|_| virtio_queue::Queue::new(256).unwrap().into()).collect(),
             interrupt: donor.interrupts.clone(),
         });
         vsock.handle_queue(1);
