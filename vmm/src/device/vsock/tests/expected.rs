@@ -34,7 +34,7 @@ fn the_guests_next_connection_to_a_port_reaches_whoever_expects_it_and_only_the_
 #[test]
 fn who_expects_first_is_served_first_and_other_ports_are_others() {
     let mut driver = TestDriver::new(pathless());
-    let streams = [(); 2].map(|()| expect(&driver, Acceptance::AtOnce));
+    let streams = [(); 3].map(|()| expect(&driver, Acceptance::AtOnce));
     driver.send_op(key(PORT.0 + 1, 7), Op::Request);
     driver.expect(Op::Reset);
     for (guest, stream) in (7..).zip(&streams) {
