@@ -146,7 +146,10 @@ impl Connections {
             }
             Verdict::Closed => {
                 // A request that came in just before has not been served yet.
-                if let Err(error) = connection.serve_without_answers(agent) {
+                let before = connection.held();
+                let served = connection.serve_without_answers(agent);
+                self.held = self.held - before + connection.held();
+                if let Err(error) = served {
                     agent.warn(format!("vsock: {error}"));
                 }
                 self.close(ports);

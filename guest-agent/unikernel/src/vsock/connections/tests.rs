@@ -302,8 +302,17 @@ fn memory_is_everybodys_again_when_a_connection_is_over() {
         assert!(host.connections.held >= half.len());
         host.send(Operation::Rst, &[]);
     }
-    assert_eq!(host.agent.warnings, [] as [String; 0]);
     assert_eq!(host.connections.held, 0);
+    // A whole request that nobody waits for any more.
+    host.send(Operation::Request, &[]);
+    host.packets();
+    host.ask(&Request::Echo(vec![7; 1000]));
+    assert!(host.connections.held >= 1000);
+    let flags = NO_RECEIVE | NO_SEND;
+    host.send_header(Header { operation: Operation::Shutdown, flags, ..host.template }, &[]);
+    assert_eq!(host.agent.requests.len(), 1);
+    assert_eq!(host.connections.held, 0);
+    assert_eq!(host.agent.warnings, [] as [String; 0]);
 }
 
 #[test]
