@@ -61,6 +61,8 @@ fn write_what_is_taken(stream: &mut UnixStream, bytes: &[u8]) {
 fn bytes_that_are_no_line_close_the_client() {
     let machine = Held::start();
     let mut bystander = Bystander::new(&machine.path);
+    // Now all is there that stays.
+    bystander.is_served();
     let before = Holdings::of(machine.process());
     let mib = |byte| vec![byte; 1 << 20];
     for (name, bytes) in [
@@ -95,6 +97,8 @@ fn half_lines_keep_nobody_out() {
     const SILENT: usize = 300;
     let machine = Held::start();
     let mut bystander = Bystander::new(&machine.path);
+    // Now all is there that stays.
+    bystander.is_served();
     let before = Holdings::of(machine.process());
     let silent: Vec<_> = (0..SILENT)
         .map(|number| {
@@ -198,6 +202,8 @@ fn clients_that_never_read_stall_nobody() {
     const DEAF: usize = 10;
     let machine = Held::start();
     let mut bystander = Bystander::new(&machine.path);
+    // Now all is there that stays.
+    bystander.is_served();
     let before = Holdings::of(machine.process());
     let request = frame::encode(&Request::Echo(vec![7; 100_000])).unwrap();
     let mut deaf = Vec::new();

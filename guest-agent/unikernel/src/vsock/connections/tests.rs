@@ -304,6 +304,7 @@ fn memory_is_everybodys_again_when_a_connection_is_over() {
     }
     assert_eq!(host.connections.held, 0);
     // A whole request that nobody waits for any more.
+    host.template.fwd_cnt = 0;
     host.send(Operation::Request, &[]);
     host.packets();
     host.ask(&Request::Echo(vec![7; 1000]));
