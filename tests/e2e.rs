@@ -5,12 +5,18 @@
 /// How tests run the program, make guests and read what they say.
 mod harness;
 
+/// An agent that is after its monitor: the next life is clean, and nothing grows.
+mod attacks;
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
 mod bad_input;
+/// Host clients that break rules hurt only themselves.
+mod clients;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
 /// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.
 mod disks;
+/// `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as in the guest, and ours are as they should be.
+mod dma_audit;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.
@@ -31,6 +37,8 @@ mod hostile;
 mod jail;
 /// Jailed launches leave nothing behind, whoever is killed.
 mod leftovers;
+/// Linux as a guest, in the lab.
+mod linux;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
 /// Sockets for messages over vsock, both ways, and as many connections as there may be.

@@ -11,8 +11,8 @@ use agent_protocol::{
     Transferred, frame,
 };
 
+use crate::harness::client::{ask, connect, receive};
 use crate::harness::held::Held;
-use crate::vsock::{ask, connect, receive};
 
 const HOST_PORT: u32 = 5200;
 const SEED: u64 = 0x7261_6e64_6f6d;

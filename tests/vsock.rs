@@ -1,42 +1,13 @@
 //! Host clients and the guest over vsock, in Firecracker's socket convention.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
 use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
 
+use crate::harness::client::{ask, connect, receive};
 use crate::harness::held::Held;
 use crate::harness::{eventually, signal};
-
-/// Connects as any client of the convention does, and returns the connection and the answer.
-pub fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
-    let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
-    writeln!(stream, "CONNECT {port}").unwrap();
-    let mut stream = BufReader::new(stream);
-    let mut answer = String::new();
-    match stream.read_line(&mut answer) {
-        Ok(_) => {}
-        // Closed by the other side before it read all that we wrote.
-        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
-    }
-    (stream, answer)
-}
-
-pub fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
-    let mut prefix = [0; frame::PREFIX_LEN];
-    stream.read_exact(&mut prefix).unwrap();
-    let mut bytes = prefix.to_vec();
-    bytes.resize(frame::total_len(&prefix).unwrap().unwrap(), 0);
-    stream.read_exact(&mut bytes[frame::PREFIX_LEN..]).unwrap();
-    frame::decode(&bytes).unwrap().unwrap().0
-}
-
-pub fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
-    stream.get_mut().write_all(&frame::encode(request).unwrap()).unwrap();
-    receive(stream)
-}
 
 #[test]
 fn a_client_connects_and_talks_to_the_agent() {

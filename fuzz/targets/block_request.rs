@@ -12,8 +12,9 @@ const NUMBERS: usize = 3 * 8;
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((numbers, rest)) = bytes.split_first_chunk::<NUMBERS>() else { return };
-    let [payload, room, capacity] =
-        std::array::from_fn(|at| u64::from_le_bytes(*numbers[8 * at..].first_chunk().expect("8 bytes")));
+    let [payload, room, capacity] = std::array::from_fn(|at| {
+        u64::from_le_bytes(*numbers[8 * at..].first_chunk().expect("8 bytes"))
+    });
     if let Some((header, ranges)) = rest.split_first_chunk::<HEADER_LEN>() {
         request(*header, payload, room, capacity);
         for bytes in ranges.as_chunks::<RANGE_LEN>().0.iter().take(MOST_RANGES) {
@@ -29,9 +30,8 @@ fn request(header: [u8; HEADER_LEN], payload: u64, room: u64, capacity: u64) {
     let (kind, sector) = (word(0), u64::from(word(12)) << 32 | u64::from(word(8)));
     // Exact in 128 bits, where nothing wraps.
     let start = u128::from(sector) * u128::from(SECTOR);
-    let fits = |len: u64| {
-        len.is_multiple_of(SECTOR) && start + u128::from(len) <= u128::from(capacity)
-    };
+    let fits =
+        |len: u64| len.is_multiple_of(SECTOR) && start + u128::from(len) <= u128::from(capacity);
     let parsed = Request::parse(header, payload, room, capacity);
     match parsed {
         Ok(Request::Read(extent)) => {

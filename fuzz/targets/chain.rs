@@ -16,6 +16,8 @@ const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
 /// Descriptors of indirect tables lie here; buffers may as well.
 const INDIRECT: u64 = 0x4000;
+/// How much of that a fuzzer may write.
+const MOST_REST: usize = 0x400;
 
 /// What the guest has written, from a fuzzer's bytes: a direction, the available ring, the table, and RAM from [`INDIRECT`] on.
 struct Written<'a> {
@@ -36,18 +38,30 @@ impl<'a> Written<'a> {
             1 => Direction::ToHost,
             _ => Direction::Both,
         };
-        (rest.len() <= 0x1000)
-            .then_some(Self { direction, event_idx: mode & 4 != 0, available, table, rest })
+        (rest.len() <= MOST_REST).then_some(Self {
+            direction,
+            event_idx: mode & 4 != 0,
+            available,
+            table,
+            rest,
+        })
     }
 
-    fn memory(&self) -> GuestMemoryMmap {
-        let regions = [(GuestAddress(0), REGION), (GuestAddress(REGION as u64), REGION)];
-        let ram = GuestMemoryMmap::from_ranges(&regions).expect("memory for two small regions");
+    /// Puts it into RAM, in which nothing else is.
+    fn write(&self, ram: &GuestMemoryMmap) {
+        let clean = [0; (INDIRECT + MOST_REST as u64) as usize];
+        ram.write_slice(&clean, GuestAddress(0)).expect("it is RAM");
         for (at, bytes) in [(AVAIL, self.available), (TABLE, self.table), (INDIRECT, self.rest)] {
             ram.write_slice(bytes, GuestAddress(at)).expect("it is RAM");
         }
-        ram
     }
+}
+
+thread_local! {
+    static RAM: GuestMemoryMmap = {
+        let regions = [(GuestAddress(0), REGION), (GuestAddress(REGION as u64), REGION)];
+        GuestMemoryMmap::from_ranges(&regions).expect("memory for two small regions")
+    };
 }
 
 fn queue() -> Queue {
@@ -62,22 +76,29 @@ fn queue() -> Queue {
 
 fuzz_target!(|bytes: &[u8]| {
     let Some(written) = Written::parse(bytes) else { return };
-    let ram = written.memory();
-    let ring = Ring::new(queue(), written.direction, &ram, written.event_idx);
+    RAM.with(|ram| {
+        written.write(ram);
+        take_all(ram, &written);
+    });
+});
+
+/// Takes every chain that the guest has made available.
+fn take_all(ram: &GuestMemoryMmap, written: &Written) {
+    let ring = Ring::new(queue(), written.direction, ram, written.event_idx);
     let mut ring = ring.expect("its rings are in RAM").expect("it is ready");
     let mut bad = 0;
     let mut sound = 0;
     // A guest that adds nothing while the device works has at most a ring full of chains.
-    while let Ok(true) = ring.take(&ram, 0, &mut bad) {
+    while let Ok(true) = ring.take(ram, 0, &mut bad) {
         sound += 1;
-        check(&ram, ring.chain(), written.direction);
-        if ring.complete(&ram, 0).is_err() {
+        check(ram, ring.chain(), written.direction);
+        if ring.complete(ram, 0).is_err() {
             return;
         }
         assert!(sound + bad <= u64::from(SIZE), "more chains than the queue has entries");
     }
-    let _: Result<bool, BrokenRing> = ring.must_signal(&ram);
-});
+    let _: Result<bool, BrokenRing> = ring.must_signal(ram);
+}
 
 /// A chain that was found to be sound is a string of bytes in RAM.
 fn check(ram: &GuestMemoryMmap, chain: &Chain, direction: Direction) {

@@ -76,7 +76,10 @@ fn check<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &
         Ok(Some((message, used))) => {
             assert_eq!(Some(used), announced.map(|len| frame::PREFIX_LEN + len));
             assert!(used <= bytes.len());
-            assert!(memory <= MEMORY + used * MEMORY_PER_BYTE, "{memory} bytes for a frame of {used}");
+            assert!(
+                memory <= MEMORY + used * MEMORY_PER_BYTE,
+                "{memory} bytes for a frame of {used}"
+            );
             // Numbers may have been written longer than they must be, so it is not the bytes that have to be the same.
             let again = frame::encode(&message).expect("what fitted once fits again");
             assert!(again.len() <= used);
@@ -91,5 +94,8 @@ fn check<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &
             assert!(memory <= MEMORY + bytes.len() * MEMORY_PER_BYTE, "{memory} bytes for nothing");
         }
     }
-    assert_eq!(frame::total_len(bytes).is_err(), announced.is_some_and(|len| len > frame::MAX_PAYLOAD));
+    assert_eq!(
+        frame::total_len(bytes).is_err(),
+        announced.is_some_and(|len| len > frame::MAX_PAYLOAD)
+    );
 }

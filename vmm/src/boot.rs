@@ -23,7 +23,7 @@ use image::Kind;
 /// What to boot.
 #[derive(Clone, Debug)]
 pub enum Payload {
-    /// The guest agent: the embedded one, or an image that speaks the same protocol.
+    /// A guest agent: the embedded one, or the image in a file.
     Agent(Option<PathBuf>),
     /// A kernel of the user's: an ELF with or without a PVH note, or a bzImage.
     Kernel {
@@ -37,7 +37,7 @@ pub enum Payload {
 /// A payload whose files are open: what a confined process can load.
 #[derive(Debug)]
 pub enum Image {
-    /// The guest agent: the embedded one, or an image that speaks the same protocol.
+    /// A guest agent: the embedded one, or the image in a file.
     Agent(Option<ImageFile>),
     /// A kernel of the user's.
     Kernel {
@@ -106,7 +106,7 @@ pub enum BootError {
     /// The file cannot be opened or read.
     #[error("read {what} {path:?}")]
     Read {
-        /// `kernel`, `initrd` or `agent`.
+        /// `agent`, `kernel` or `initrd`.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -164,12 +164,11 @@ pub fn load(
     acpi::write(ram, vcpus, slots)?;
     match image {
         Image::Agent(None) => {
-            let mut image = Cursor::new(images::AGENT);
-            load_image(ram, PathBuf::from("guest agent"), &mut image, None)
+            load_agent(ram, PathBuf::from("guest agent"), &mut Cursor::new(images::AGENT))
         }
-        Image::Agent(Some(ImageFile { mut file, path })) => load_image(ram, path, &mut file, None),
+        Image::Agent(Some(ImageFile { mut file, path })) => load_agent(ram, path, &mut file),
         Image::Kernel { kernel: ImageFile { mut file, path }, initrd } => {
-            load_image(ram, path, &mut file, initrd)
+            load_image(ram, path, &mut file, initrd, u64::MAX)
         }
     }
 }
@@ -202,11 +201,26 @@ struct InitrdRange {
     bytes: u64,
 }
 
+fn load_agent<F: io::Read + vm_memory::ReadVolatile + Seek>(
+    ram: &GuestRam,
+    path: PathBuf,
+    file: &mut F,
+) -> Result<Entry, BootError> {
+    match load_image(ram, path.clone(), file, None, layout::AGENT_END)? {
+        entry @ Entry::Pvh { .. } => Ok(entry),
+        Entry::Linux64 { .. } => {
+            Err(BootError::Kernel { path, problem: "is no agent: it has no PVH note".into() })
+        }
+    }
+}
+
+/// Loads what has to end at `highest`.
 fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
     ram: &GuestRam,
     path: PathBuf,
     file: &mut F,
     initrd: Option<ImageFile>,
+    highest: u64,
 ) -> Result<Entry, BootError> {
     let refuse = |problem: String| BootError::Kernel { path: path.clone(), problem };
     let kind = image::inspect(file, ram).map_err(refuse)?;
@@ -220,6 +234,10 @@ fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
         // A bzImage unpacks itself to its preferred address and needs room there.
         loaded.kernel_end.max(header.pref_address.saturating_add(u64::from(header.init_size)))
     });
+    if kernel_end > highest {
+        let mib = highest >> 20;
+        return Err(refuse(format!("is no agent: those end below {mib} MiB")));
+    }
     let limit = linux64::initrd_limit(loaded.setup_header.as_ref());
     let initrd = initrd.map(|initrd| load_initrd(ram, initrd, kernel_end, limit)).transpose()?;
     match loaded.pvh_boot_cap {

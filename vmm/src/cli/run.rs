@@ -112,7 +112,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
-    /// Boot this image of the agent instead of the embedded one: anything that speaks its protocol
+    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 10 MiB and speaks the same protocol
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     agent: Option<PathBuf>,
 
@@ -224,9 +224,9 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
-            vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
             // The jail knows.

@@ -12,6 +12,8 @@ use super::unix::{self, Listener, MAX_LINE, VsockError};
 
 /// Most clients that may be on their way at once; the others wait in the listener's backlog.
 const MAX_CLIENTS: usize = 128;
+/// By what patience is divided when others wait.
+const HURRY: u32 = 50;
 
 /// A client, and as much of its line as has come.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ struct Client {
     socket: OwnedFd,
     socket_type: SocketType,
     line: Vec<u8>,
-    deadline: Instant,
+    since: Instant,
 }
 
 /// What a client's bytes amount to.
@@ -46,6 +48,8 @@ pub struct Decided {
 pub struct Clients {
     listener: Option<Listener>,
     slots: Vec<Option<Client>>,
+    /// How long a client may take for its line.
+    patience: Duration,
     /// Until when no client is accepted, although there may be some: a lack of descriptors goes away when others let go of
     /// theirs, and not by asking.
     paused_until: Option<Instant>,
@@ -55,13 +59,17 @@ pub struct Clients {
 
 impl Clients {
     /// Clients of `listener`; without one there are never any.
-    pub fn new(listener: Option<Listener>, poller: &Poller) -> Result<Self, VsockError> {
+    pub fn new(
+        listener: Option<Listener>,
+        patience: Duration,
+        poller: &Poller,
+    ) -> Result<Self, VsockError> {
         for (socket_type, socket) in listener.iter().flat_map(Listener::sockets) {
             poller
                 .add(socket, Token::Listener(socket_type), Interest::READABLE)
                 .map_err(VsockError::Events)?;
         }
-        Ok(Self { listener, slots: Vec::new(), paused_until: None, listening: true })
+        Ok(Self { listener, slots: Vec::new(), patience, paused_until: None, listening: true })
     }
 
     /// Connects to the host's port `port`.
@@ -73,15 +81,15 @@ impl Clients {
     }
 
     /// Takes the clients of a type that wait at the listener.
-    pub fn accept(&mut self, socket_type: SocketType, poller: &Poller, patience: Duration) {
+    pub fn accept(&mut self, socket_type: SocketType, poller: &Poller) {
         while let Some(slot) = self.free_slot() {
             let Some(listener) = &self.listener else { return };
             match listener.accept(socket_type) {
-                Ok(socket) => self.admit(slot, socket, socket_type, poller, patience),
+                Ok(socket) => self.admit(slot, socket, socket_type, poller),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(_) => {
-                    self.paused_until = Some(Instant::now() + patience / 50);
+                    self.paused_until = Some(Instant::now() + self.patience / HURRY);
                     break;
                 }
             }
@@ -99,18 +107,11 @@ impl Clients {
         })
     }
 
-    fn admit(
-        &mut self,
-        slot: usize,
-        socket: OwnedFd,
-        socket_type: SocketType,
-        poller: &Poller,
-        patience: Duration,
-    ) {
+    fn admit(&mut self, slot: usize, socket: OwnedFd, socket_type: SocketType, poller: &Poller) {
         // Without a registration nobody would ever look at the client: it is closed instead.
         if poller.add(&socket, Token::Client(slot as u32), Interest::READABLE).is_ok() {
-            let deadline = Instant::now() + patience;
-            self.slots[slot] = Some(Client { socket, socket_type, line: Vec::new(), deadline });
+            let since = Instant::now();
+            self.slots[slot] = Some(Client { socket, socket_type, line: Vec::new(), since });
         }
     }
 
@@ -131,8 +132,9 @@ impl Clients {
 
     /// Drops those whose time is up, and tries the listener again if it was left alone for long enough.
     pub fn expire(&mut self, now: Instant, poller: &Poller) {
+        let patience = self.patience();
         for slot in &mut self.slots {
-            slot.take_if(|client| client.deadline <= now);
+            slot.take_if(|client| client.since + patience <= now);
         }
         self.paused_until.take_if(|until| *until <= now);
         self.update_listener(poller);
@@ -140,7 +142,19 @@ impl Clients {
 
     /// When [`Clients::expire`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.slots.iter().flatten().map(|client| client.deadline).chain(self.paused_until).min()
+        let patience = self.patience();
+        let deadlines = self.slots.iter().flatten().map(|client| client.since + patience);
+        deadlines.chain(self.paused_until).min()
+    }
+
+    /// How long a client may take now. Those that say nothing must not keep out those that would: when all places are taken, there
+    /// is little time.
+    fn patience(&self) -> Duration {
+        if self.is_full() { self.patience / HURRY } else { self.patience }
+    }
+
+    fn is_full(&self) -> bool {
+        self.slots.len() >= MAX_CLIENTS && self.slots.iter().all(Option::is_some)
     }
 
     /// Drops all clients.
@@ -152,8 +166,7 @@ impl Clients {
     /// A listener that cannot be served is not listened to.
     fn update_listener(&mut self, poller: &Poller) {
         let Some(listener) = &self.listener else { return };
-        let full = self.slots.len() >= MAX_CLIENTS && self.slots.iter().all(Option::is_some);
-        let listening = !full && self.paused_until.is_none();
+        let listening = !self.is_full() && self.paused_until.is_none();
         let interest = Interest { readable: listening, writable: false };
         if listening == self.listening {
             return;
@@ -222,5 +235,42 @@ impl Line {
             rustix::io::Errno::AGAIN | rustix::io::Errno::INTR => Self::Incomplete,
             _ => Self::Junk,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::super::testing::TempDir;
+    use super::*;
+
+    #[test]
+    fn clients_that_say_nothing_have_little_time_once_they_keep_others_out() {
+        const PATIENCE: Duration = Duration::from_secs(3600);
+        let dir = TempDir::new();
+        let path = dir.path("vsock");
+        let (listener, _file) = Listener::bind(&path).unwrap();
+        let poller = Poller::new().unwrap();
+        let mut clients = Clients::new(Some(listener), PATIENCE, &poller).unwrap();
+        let waiting = |clients: &Clients| clients.slots.iter().flatten().count();
+        let connect = |clients: &mut Clients| {
+            let stream = UnixStream::connect(&path).unwrap();
+            clients.accept(SocketType::Stream, &poller);
+            stream
+        };
+        let mut streams: Vec<_> = (1..MAX_CLIENTS).map(|_| connect(&mut clients)).collect();
+        let soon = || Instant::now() + PATIENCE / HURRY;
+        clients.expire(soon(), &poller);
+        assert_eq!(waiting(&clients), MAX_CLIENTS - 1, "there was room for one more");
+        assert!(clients.next_deadline().unwrap() > soon());
+
+        streams.push(connect(&mut clients));
+        assert!(!clients.listening && clients.next_deadline().unwrap() <= soon());
+        clients.expire(Instant::now(), &poller);
+        assert_eq!(waiting(&clients), MAX_CLIENTS, "none had its chance yet");
+        clients.expire(soon(), &poller);
+        assert_eq!(waiting(&clients), 0);
+        assert!(clients.listening);
     }
 }

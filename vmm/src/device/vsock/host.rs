@@ -49,7 +49,7 @@ impl Host {
         Ok(Self {
             cid,
             seqpacket: true,
-            clients: Clients::new(listener, &poller)?,
+            clients: Clients::new(listener, patience, &poller)?,
             poller,
             inbox,
             table: Table::new(),
@@ -77,7 +77,7 @@ impl Host {
         for event in events {
             match event.token {
                 Token::Listener(socket_type) => {
-                    self.clients.accept(socket_type, &self.poller, self.patience);
+                    self.clients.accept(socket_type, &self.poller);
                 }
                 Token::Wake => self.take_requests(),
                 Token::Timer => self.expire(),
