@@ -20,6 +20,9 @@ fn build(feature: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--release", "--locked", "--bins", "--target", TARGET]);
     cargo.args(["--features", feature, "--target-dir"]).arg(&target);
+    // A rustup in front of the compiler would follow what a dependency's sources say of toolchains, unless it was told (as it is
+    // below `cargo test`).
+    cargo.env("RUSTC", Path::new(env!("CARGO")).with_file_name("rustc"));
     // As images/build.rs has it: the flags are for another kind of program.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "").current_dir(sources);
     let output = cargo.output().expect("run cargo");
