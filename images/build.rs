@@ -1,5 +1,7 @@
 //! Builds the guest agent with the same toolchain as the monitor, but apart from its workspace, flags and lock file.
 
+mod sources;
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,27 +24,42 @@ fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let guest = here.parent().expect("the crate lies in the project").join("guest-agent");
     let out = PathBuf::from(variable("OUT_DIR"));
-    for sources in ["unikernel/src", "unikernel/Cargo.toml", "unikernel/Cargo.lock"] {
-        println!("cargo:rerun-if-changed={}", guest.join(sources).display());
+    // Relative to this crate: with paths from the root a copy of the project together with its `target` would go on watching
+    // the sources of the original, and embed an agent that is not its own.
+    for source in sources::SOURCES {
+        println!("cargo:rerun-if-changed=../guest-agent/{source}");
     }
-    for sources in
-        ["unikernel/build.rs", "unikernel/link.ld", "protocol/src", "protocol/Cargo.toml"]
-    {
-        println!("cargo:rerun-if-changed={}", guest.join(sources).display());
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=sources.rs");
+    let digest = sources::digest(&guest).to_string();
+    println!("cargo:rustc-env=AGENT_SOURCES={digest}");
+    let (unikernel, target_dir) = (guest.join("unikernel"), out.join("agent"));
+    // Cargo goes by times, and a file that was put back may be older than what was built since: contents decide.
+    let last = out.join("sources");
+    if std::fs::read_to_string(&last).is_ok_and(|last| last != digest) {
+        let packages = ["-p", "unikernel", "-p", "agent-protocol"];
+        run(cargo("clean", &unikernel, &target_dir).args(packages));
     }
-    if env::var_os("CARGO_FEATURE_FUZZING").is_some() {
-        std::fs::write(out.join(format!("{AGENT}.elf")), []).expect("write an empty image");
-        return;
-    }
-    build(&guest.join("unikernel"), &out.join("agent"));
-    let built = out.join("agent").join(TARGET).join("release").join(AGENT);
-    std::fs::copy(&built, out.join(format!("{AGENT}.elf")))
-        .unwrap_or_else(|error| panic!("copy {built:?}: {error}"));
+    let image = match env::var_os("CARGO_FEATURE_FUZZING") {
+        Some(_) => Vec::new(),
+        None => build(&unikernel, &target_dir),
+    };
+    let embedded = out.join(format!("{AGENT}.elf"));
+    std::fs::write(&embedded, image).unwrap_or_else(|error| panic!("write {embedded:?}: {error}"));
+    std::fs::write(&last, digest).unwrap_or_else(|error| panic!("write {last:?}: {error}"));
 }
 
-fn build(unikernel: &Path, target_dir: &Path) {
+/// Builds the agent and reads it.
+fn build(unikernel: &Path, target_dir: &Path) -> Vec<u8> {
+    let mut build = cargo("build", unikernel, target_dir);
+    run(build.args(["--locked", "--bins"]));
+    let built = target_dir.join(TARGET).join("release").join(AGENT);
+    std::fs::read(&built).unwrap_or_else(|error| panic!("read {built:?}: {error}"))
+}
+
+fn cargo(verb: &str, unikernel: &Path, target_dir: &Path) -> Command {
     let mut cargo = Command::new(variable("CARGO"));
-    cargo.args(["build", "--release", "--locked", "--bins", "--target", TARGET]);
+    cargo.args([verb, "--release", "--target", TARGET]);
     cargo.arg("--manifest-path").arg(unikernel.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(target_dir).current_dir(unikernel);
     for (name, _) in env::vars_os() {
@@ -55,6 +72,10 @@ fn build(unikernel: &Path, target_dir: &Path) {
     }
     // Set though empty, this also takes precedence over the flags in the monitor's .cargo/config.toml.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", "");
+    cargo
+}
+
+fn run(cargo: &mut Command) {
     let output = cargo.output().unwrap_or_else(|error| panic!("run {cargo:?}: {error}"));
     if !output.status.success() {
         panic!("build the guest agent:\n{}", String::from_utf8_lossy(&output.stderr));

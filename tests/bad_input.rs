@@ -45,6 +45,25 @@ fn a_kernel_that_is_none_is_refused_with_its_path_and_its_problem() {
 }
 
 #[test]
+fn an_agent_that_is_none_is_refused_with_its_path_and_its_problem() {
+    let dir = temp_dir();
+    let check = |path: &std::path::Path, message: &str| {
+        let path = path.to_str().unwrap();
+        let outcome = run(&["run", "--agent", path]);
+        assert!(outcome.stderr.contains(path), "the path is missing: {outcome}");
+        refused(outcome, message);
+    };
+    let good = Guest::new().halt();
+    check(&dir.path().join("missing"), "No such file");
+    check(dir.path(), "not a regular file");
+    check(&file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "neither an ELF executable nor a bzImage");
+    check(&file(&dir, "plain", &good.elf_without_note()), "is no agent: it has no PVH note");
+    let behind = good.elf_for(62, 0xa0_0000);
+    check(&file(&dir, "high", &behind), "is no agent: those end below 10 MiB");
+    refused(run(&["run", "--agent", "a", "--kernel", "b"]), "cannot be used with");
+}
+
+#[test]
 fn an_initrd_that_does_not_fit_is_refused() {
     let dir = temp_dir();
     let kernel = file(&dir, "guest.elf", &Guest::new().halt().elf());

@@ -15,6 +15,8 @@ mod clients;
 mod counters;
 /// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.
 mod disks;
+/// `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as in the guest, and ours are as they should be.
+mod dma_audit;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.
@@ -35,6 +37,8 @@ mod hostile;
 mod jail;
 /// Jailed launches leave nothing behind, whoever is killed.
 mod leftovers;
+/// Linux as a guest, in the lab.
+mod linux;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
 /// Sockets for messages over vsock, both ways, and as many connections as there may be.

@@ -75,6 +75,8 @@ fn least(soak: &mut Running, processes: &[Process], lives: u64) -> Vec<Holdings>
 
 #[test]
 fn a_soak_holds_no_more_after_hundreds_of_resets_than_after_fifty() {
+    /// A machine may be in the middle of four connections whenever one looks. A leak would have to be rarer than one in 150 lives.
+    const SLACK_DESCRIPTORS: usize = 4;
     /// Of each life a leak would have to be smaller than a hundred bytes.
     const SLACK_KIB: u64 = 64;
     let mut soak = Running::start(&["--seed", "12"], 2);
@@ -86,7 +88,8 @@ fn a_soak_holds_no_more_after_hundreds_of_resets_than_after_fifty() {
     let late = least(&mut soak, &processes, 800);
     for (process, (early, late)) in processes.iter().zip(early.iter().zip(&late)) {
         let told = format!("{process:?}: {early:?} became {late:?}");
-        assert!(late.descriptors <= early.descriptors && late.threads <= early.threads, "{told}");
+        assert!(late.descriptors <= early.descriptors + SLACK_DESCRIPTORS, "{told}");
+        assert!(late.threads <= early.threads, "{told}");
         assert!(late.resident_kib <= early.resident_kib + SLACK_KIB, "{told}");
         println!("{told}");
     }

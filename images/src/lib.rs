@@ -7,8 +7,23 @@
 pub static AGENT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cleanslate-agent.elf"));
 
 #[cfg(test)]
+#[path = "../sources.rs"]
+mod sources;
+
+#[cfg(test)]
 mod tests {
-    use super::AGENT;
+    use std::path::Path;
+
+    use super::{AGENT, sources};
+
+    #[test]
+    fn the_agent_was_built_from_the_sources_that_are_there() {
+        // Where this test runs, not where it was built.
+        let here = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
+        let there = sources::digest(&Path::new(&here).join("../guest-agent"));
+        let built = env!("AGENT_SOURCES");
+        assert_eq!(built, there.to_string(), "stale; `touch images/build.rs` has it built again");
+    }
 
     #[test]
     fn the_agent_is_a_small_static_elf_with_a_pvh_note() {

@@ -5,6 +5,7 @@ pub mod client;
 pub mod guest;
 pub mod held;
 pub mod holdings;
+pub mod lab;
 pub mod process;
 pub mod vsock_guest;
 
@@ -124,14 +125,20 @@ impl Started {
 
     /// Waits for its end, and kills it when it takes for ever.
     #[track_caller]
-    pub fn finish(mut self, command: &str) -> Outcome {
+    pub fn finish(self, command: &str) -> Outcome {
+        self.finish_within(PATIENCE, command)
+    }
+
+    /// The same for what may take another time.
+    #[track_caller]
+    pub fn finish_within(mut self, patience: Duration, command: &str) -> Outcome {
         let stdout = read_all(self.child.stdout.take());
         let stderr = read_all(self.child.stderr.take());
         let began = Instant::now();
         let status = loop {
             match self.child.try_wait().expect("wait for a child") {
                 Some(status) => break status,
-                None if began.elapsed() > PATIENCE => {
+                None if began.elapsed() > patience => {
                     let _ = self.child.kill();
                     break self.child.wait().expect("wait for a killed child");
                 }

@@ -74,8 +74,8 @@ fn without_keep_going_a_killed_process_ends_the_soak_with_a_verdict() {
 
 #[test]
 fn a_machines_process_that_hangs_is_a_finding() {
-    // It may say nothing for ten times that.
-    let mut soak = Running::start(&["--timeout", "1"], 2);
+    // It may say nothing for ten times that, and a busy host may need all of that for a life.
+    let mut soak = Running::start(&["--timeout", "3", "--mem", "32"], 2);
     soak.a_machine().signal(Signal::STOP);
     let (outcome, _dir) = soak.finish();
     let outcome = outcome.expect_status(1);

@@ -91,7 +91,7 @@ impl Arguments {
             notice("--no-jail: the machine runs in this process, with all its rights");
             allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
-            let interrupts = Interrupts::catch()?.and_transport_resets()?;
+            let interrupts = Interrupts::catch_as_started()?.and_transport_resets()?;
             let (resources, _socket_files) = Resources::open(&config)?;
             return work(&config, resources, interrupts);
         }

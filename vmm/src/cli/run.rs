@@ -224,9 +224,9 @@ impl Arguments {
             reset_policy,
             console,
             vsock_path: self.uds.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
-            vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
             // The jail knows.

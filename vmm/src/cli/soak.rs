@@ -338,7 +338,7 @@ pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
     let plan = arguments.plan()?;
     let bundles = Bundles::new(arguments.bundle.as_deref(), plan.seed)?;
     let files = arguments.reports.open()?;
-    let interrupts = Interrupts::catch()?;
+    let interrupts = Interrupts::catch_as_started()?;
     allow_descriptors();
     let mut output = Output::new(&plan, arguments.json, bundles);
     let began = Instant::now();

@@ -317,9 +317,11 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        for (index, byte) in (offset..).zip(data) {
-            *byte = usize::try_from(index).ok().and_then(|i| config.get(i)).copied().unwrap_or(0);
-        }
+        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..));
+        let rest = rest.unwrap_or_default();
+        let len = rest.len().min(data.len());
+        data.fill(0);
+        data[..len].copy_from_slice(&rest[..len]);
     }
 
     fn activate(&mut self, driver: Driver) {

@@ -22,7 +22,6 @@ pub(super) enum Interrupt {
 }
 
 /// Becomes readable when SIGINT, SIGTERM or SIGHUP asks the process to end. A second such signal ends it on the spot.
-/// SIGHUP that is ignored stays so: `nohup` has asked for that.
 #[derive(Debug)]
 pub struct Interrupts {
     reader: UnixStream,
@@ -38,14 +37,29 @@ impl Interrupts {
     /// # Errors
     /// [`MachineError::Host`].
     pub fn catch() -> Result<Self, MachineError> {
-        Self::register().map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))
+        Self::register(&[SIGINT, SIGTERM, SIGHUP])
     }
 
-    fn register() -> io::Result<Self> {
+    /// The same, but if this process was started with SIGHUP ignored, that stays so: `nohup` has asked for it. Not for a jail,
+    /// where nobody could tell.
+    ///
+    /// # Errors
+    /// [`MachineError::Host`].
+    pub fn catch_as_started() -> Result<Self, MachineError> {
+        match is_ignored(SIGHUP) {
+            true => Self::register(&[SIGINT, SIGTERM]),
+            false => Self::catch(),
+        }
+    }
+
+    fn register(signals: &[i32]) -> Result<Self, MachineError> {
+        Self::try_register(signals).map_err(MachineError::host("catch SIGINT, SIGTERM and SIGHUP"))
+    }
+
+    fn try_register(signals: &[i32]) -> io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         let asked_before = Arc::new(AtomicBool::new(false));
-        let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
-        for signal in [SIGINT, SIGTERM].into_iter().chain(hangup) {
+        for signal in signals.iter().copied() {
             flag::register_conditional_shutdown(
                 signal,
                 exit::INTERRUPTED.into(),
@@ -90,7 +104,7 @@ impl Interrupts {
     }
 }
 
-/// Whether this process was started with `signal` ignored. In a jail nobody can tell, and nobody hangs up there.
+/// Whether this process ignores `signal`, as it does if it was started so.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

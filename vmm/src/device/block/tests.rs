@@ -6,7 +6,7 @@ mod reset;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tempfile::NamedTempFile;
 use virtio_queue::QueueT;
@@ -234,49 +234,56 @@ fn the_configuration_says_what_the_disk_can() {
     check(false, &[&common[..], &clearing].concat());
 }
 
-/// Closed until the test opens it; the threads of [`held`] wait for it.
-static GATE: Mutex<()> = Mutex::new(());
+/// A driver whose disk's threads do nothing before the guard is dropped.
+fn held(file: &NamedTempFile) -> (TestDriver<Block>, MutexGuard<'static, ()>) {
+    static GATE: Mutex<()> = Mutex::new(());
+    let closed = GATE.lock().unwrap_or_else(PoisonError::into_inner);
+    let wait = || {
+        drop(GATE.lock());
+        Ok(())
+    };
+    let config = DiskConfig { path: file.path().into(), read_only: false };
+    let block = Block::new(Disk::open(&config).unwrap(), 0, wait).unwrap();
+    let features = block.features();
+    (TestDriver::new(block, features), closed)
+}
+
+/// Makes a quarter of the queue's requests of one sector each, and returns the chains.
+fn fill_queue(driver: &mut TestDriver<Block>, kind: u32) -> Vec<u16> {
+    for id in 0..QUEUE_SIZE / 4 {
+        let (at, buffer) = (HEADER + 32 * u64::from(id), DATA + 1024 * u64::from(id));
+        driver.put(at, &header(kind, u64::from(id)));
+        driver.put(buffer, &[0xa5; 512]);
+        let data = (buffer, 512, if kind == 0 { WRITE } else { 0 });
+        driver.describe_chain(4 * id, &[(at, 16, 0), data, (buffer + 512, 1, WRITE)]);
+        driver.add(4 * id);
+    }
+    driver.notify();
+    (0..QUEUE_SIZE).step_by(4).collect()
+}
 
 #[test]
 fn a_full_queue_waits_in_the_queue_and_is_answered_whole() {
     let file = image();
-    let config = DiskConfig { path: file.path().into(), read_only: false };
-    let closed = GATE.lock().unwrap();
-    let held = || {
-        drop(GATE.lock());
-        Ok(())
-    };
-    let block = Block::new(Disk::open(&config).unwrap(), 0, held).unwrap();
-    let features = block.features();
-    let mut driver = TestDriver::new(block, features);
-    for id in 0..QUEUE_SIZE / 4 {
-        let (at, buffer) = (HEADER + 32 * u64::from(id), ANSWER + 1024 * u64::from(id));
-        driver.put(at, &header(0, u64::from(id)));
-        driver
-            .describe_chain(4 * id, &[(at, 16, 0), (buffer, 512, WRITE), (buffer + 512, 1, WRITE)]);
-        driver.add(4 * id);
-    }
-    driver.notify();
+    let (mut driver, closed) = held(&file);
+    let chains = fill_queue(&mut driver, 1);
     driver.run();
-    assert_eq!(
-        driver.device.guest.as_ref().unwrap().spare.len(),
-        0,
-        "no more than there is room for"
-    );
+    let spare = |driver: &TestDriver<Block>| driver.device.guest.as_ref().unwrap().spare.len();
+    assert_eq!(spare(&driver), 0, "no more than there is room for");
     assert_eq!(driver.try_take(), None);
     drop(closed);
     driver.device.wait_ready().unwrap();
     let mut answered = Vec::new();
-    for _ in 0..QUEUE_SIZE / 4 {
+    for _ in &chains {
         let (head, len) = driver.take();
-        assert_eq!(len, 513);
-        let buffer = ANSWER + 1024 * u64::from(head / 4);
-        assert_eq!(driver.bytes(buffer, 513), [&[(head / 4) as u8; 512][..], &[OK]].concat());
+        assert_eq!(len, 1);
+        assert_eq!(driver.bytes(DATA + 256 * u64::from(head) + 512, 1), [OK]);
+        assert_eq!(contents(&file, u64::from(head / 4), 512), [0xa5; 512]);
         answered.push(head);
     }
     answered.sort_unstable();
-    assert_eq!(answered, (0..QUEUE_SIZE).step_by(4).collect::<Vec<_>>());
-    assert_eq!(driver.device.guest.as_ref().unwrap().spare.len(), MOST_IN_FLIGHT);
+    assert_eq!(answered, chains);
+    assert_eq!(spare(&driver), MOST_IN_FLIGHT);
 }
 
 #[test]

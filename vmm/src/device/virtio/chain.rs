@@ -211,10 +211,10 @@ mod tests {
         (table, table_len): (u64, u32),
         entries: &[(u64, u32, u16, u16)],
     ) -> Result<Chain, BadChain> {
-        for (at, &(addr, len, flags, next)) in (table..).step_by(16).zip(entries) {
+        for (number, &(addr, len, flags, next)) in (0..).zip(entries) {
             let descriptor = RawDescriptor::from(Descriptor::new(addr, len, flags, next));
             // What lies outside RAM is not there.
-            let _ = ram.write_obj(descriptor, GuestAddress(at));
+            let _ = ram.write_obj(descriptor, GuestAddress(table.wrapping_add(16 * number)));
         }
         walk(ram, Direction::Both, &[(table, table_len, INDIRECT, 0)])
     }

@@ -75,9 +75,7 @@ impl Ring {
                 self.queue.disable_notification(ram)?;
                 self.listening = false;
             }
-            if let Some(audit) = &self.audit {
-                audit.look();
-            }
+            self.look();
             let walked = self.chain.walk(ram, descriptors);
             if walked.is_ok() && self.chain.len() >= min_len as u64 {
                 return Ok(true);
@@ -92,12 +90,20 @@ impl Ring {
     /// taken since the last completion can then be put back.
     pub fn take_sound(&mut self, ram: &GuestRam, min_len: usize) -> Result<bool, BrokenRing> {
         let Some(descriptors) = self.queue.iter(ram)?.next() else { return Ok(false) };
+        self.look();
         let walked = self.chain.walk(ram, descriptors);
         let is_sound = walked.is_ok() && self.chain.len() >= min_len as u64;
         if !is_sound {
             self.put_back();
         }
         Ok(is_sound)
+    }
+
+    /// Whatever the device takes is audited by then, however it came.
+    fn look(&self) {
+        if let Some(audit) = &self.audit {
+            audit.look();
+        }
     }
 
     /// The chain that was taken last.

@@ -254,7 +254,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut clients = Clients::new(Some(listener), PATIENCE, &poller).unwrap();
         let waiting = |clients: &Clients| clients.slots.iter().flatten().count();
-        let mut connect = |clients: &mut Clients| {
+        let connect = |clients: &mut Clients| {
             let stream = UnixStream::connect(&path).unwrap();
             clients.accept(SocketType::Stream, &poller);
             stream

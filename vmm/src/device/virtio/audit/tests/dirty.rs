@@ -314,7 +314,7 @@ fn rings_share_no_line_with_buffers_to_write() {
 #[test]
 fn a_flood_is_counted_and_fills_nothing() {
     let mut guest = Guest::with(VIRTIO_ID_BLOCK, 1);
-    for round in 0..100_000_u64 {
+    for round in 0..10_000_u64 {
         guest.post(0, 0, &[((round + 1) << 21, 64, WRITE, 0)]);
         guest.post(0, 3, &[(0x2_0000, 64, NEXT, 3)]);
         guest.release(0, 0);
@@ -323,7 +323,7 @@ fn a_flood_is_counted_and_fills_nothing() {
     }
     let summary = guest.audit.summary();
     assert_eq!(summary.violations.len(), 2, "{summary:?}");
-    assert_eq!((summary.must, summary.chains), (200_000, 200_000));
+    assert_eq!((summary.must, summary.chains), (20_000, 20_000));
     guest.expect_idle();
 }
 
