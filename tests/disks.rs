@@ -234,12 +234,13 @@ fn a_file_that_may_not_grow_or_a_full_disk_fails_the_guest_and_not_the_machine()
     let small = dir.path().join("small");
     std::fs::create_dir(&small).unwrap();
     let socket = dir.path().join("vsock");
-    let script = "mount -t tmpfs -o size=1m none \"$1\" && truncate -s 64M \"$1/disk\" && exec \"$2\" run --hold --uds \
-                  \"$3\" --disk \"$1/disk\"";
-    let program = cleanslate(&[]);
+    let script = "mount -t tmpfs -o size=1m none \"$1\" && truncate -s 64M \"$1/disk\" && shift && exec \"$@\"";
+    let disk = small.join("disk");
+    let paths = [&socket, &disk].map(|path| path.to_str().unwrap());
+    let program = cleanslate(&["run", "--hold", "--uds", paths[0], "--disk", paths[1]]);
     let mut command = Command::new("unshare");
     command.args(["-m", "sh", "-c", script, "sh"]).arg(&small);
-    command.arg(program.get_program()).arg(&socket);
+    command.arg(program.get_program()).args(program.get_args());
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let started = Started::new(command);

@@ -157,27 +157,29 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
         Ok(Self { slots, busy: [false; SIZE] })
     }
 
-    /// Sends as long as there is a free buffer and `write` fills it (returning how much). Returns `None` if nothing was
-    /// sent, else whether the device wants to be told.
+    /// Sends as long as there is a free buffer and `write` fills it (returning how much), up to the packet with which it is
+    /// `enough` bytes. Returns `None` if nothing was sent, else whether the device wants to be told.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
     pub fn send(
         &mut self,
+        enough: usize,
         mut write: impl FnMut(&mut [u8]) -> Option<usize>,
     ) -> core::result::Result<Option<bool>, BrokenQueue> {
         while let Some(Posted { slot, .. }) = self.slots.pop(false)? {
             self.busy[usize::from(slot)] = false;
         }
-        let mut sent = false;
-        while let Some(slot) = self.busy.iter().position(|busy| !busy)
+        let mut sent = 0;
+        while sent < enough
+            && let Some(slot) = self.busy.iter().position(|busy| !busy)
             && let Some(len) = write(self.slots.buffers[slot].bytes_mut())
         {
             self.slots.post(slot as u8, len as u32, false).map_err(|_| BrokenQueue)?;
             self.busy[slot] = true;
-            sent = true;
+            sent += len;
         }
-        Ok(sent.then(|| self.slots.should_notify()))
+        Ok((sent > 0).then(|| self.slots.should_notify()))
     }
 
     /// What the device has to know of the queue.

@@ -28,6 +28,9 @@ const VERSION_1: u64 = 1 << 32;
 /// How often to look at the rings before sleeping: some 30 us, about what going to sleep and waking up costs.
 const POLLS: u32 = 1500;
 
+/// After so many bytes the device may begin with them.
+const ENOUGH: usize = 64 * 1024;
+
 /// Why there is no vsock.
 #[derive(Clone, Copy, Debug)]
 pub enum StartError {
@@ -164,12 +167,12 @@ impl VsockDevice {
         agent: &mut impl Answer,
     ) -> Result<bool, BrokenQueue> {
         #[cfg(feature = "attacks")]
-        let sent = self.to_host.send(|buffer| match &mut self.noise {
+        let sent = self.to_host.send(ENOUGH, |buffer| match &mut self.noise {
             Some(noise) => noise.among(buffer, |buffer| connections.next_packet(buffer, agent)),
             None => connections.next_packet(buffer, agent),
         })?;
         #[cfg(not(feature = "attacks"))]
-        let sent = self.to_host.send(|buffer| connections.next_packet(buffer, agent))?;
+        let sent = self.to_host.send(ENOUGH, |buffer| connections.next_packet(buffer, agent))?;
         if sent == Some(true) {
             self.transport.notify(TO_HOST);
         }
