@@ -27,7 +27,7 @@ const BY_GUEST: &str = "i8042,cf9,acpi,triple";
 /// A directory with a disk and a listener for the guest's connections.
 struct Field {
     dir: TempDir,
-    image: String,
+    image: &'static str,
     disk: PathBuf,
 }
 
@@ -53,13 +53,13 @@ impl Field {
                 }
             }
         });
-        Self { image: image.to_str().unwrap().into(), dir, disk }
+        Self { image, dir, disk }
     }
 
     /// Arguments for a machine with every device, whose agent attacks with `orders`.
     fn arguments(&self, orders: &str) -> Vec<String> {
         let disk = self.disk.to_str().unwrap();
-        ["--agent", &self.image, "--rng", "--disk", disk, "--cmdline", orders]
+        ["--agent", self.image, "--rng", "--disk", disk, "--cmdline", orders]
             .map(String::from)
             .to_vec()
     }

@@ -1,32 +1,15 @@
 //! `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as it is in the guest, and ours are as they
 //! should be.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
-
 use serde_json::Value;
 
+use crate::harness::agent;
 use crate::harness::guest::Guest;
 use crate::harness::{Outcome, file, run, temp_dir};
 
 /// An agent that is built with its event buffers packed as Linux has them, beside a byte that it writes.
 fn packed_agent() -> &'static str {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let build = || {
-        const TARGET: &str = "x86_64-unknown-linux-gnu";
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-agent/unikernel");
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("packed-agent");
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--release", "--locked", "--bins", "--target", TARGET]);
-        cargo.args(["--features", "packed-event-buffers", "--target-dir"]).arg(&target);
-        // As images/build.rs has it: the flags are for another kind of program.
-        cargo.env("CARGO_ENCODED_RUSTFLAGS", "").current_dir(sources);
-        let output = cargo.output().expect("run cargo");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        target.join(TARGET).join("release/cleanslate-agent")
-    };
-    BUILT.get_or_init(build).to_str().expect("UTF-8")
+    agent::built_with("packed-event-buffers")
 }
 
 /// The names of the findings of one life.

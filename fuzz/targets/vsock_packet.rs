@@ -4,39 +4,47 @@
 
 use agent::vsock::packet as agent_side;
 use libfuzzer_sys::fuzz_target;
-use vmm::fuzzing::packet::{GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, TYPE_STREAM};
+use vmm::fuzzing::packet::{GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, SocketType};
+
+/// Socket types (virtio 1.2, section 5.10.6).
+const STREAM: u16 = 1;
+const SEQPACKET: u16 = 2;
 
 fuzz_target!(|packet: &[u8]| {
     if let Some(bytes) = packet.first_chunk::<HEADER_LEN>() {
-        monitor(bytes);
+        monitor(bytes, false);
+        monitor(bytes, true);
     }
     agent(packet);
 });
 
-/// What a guest sends: every header means something definite, and none makes the monitor answer wrongly.
-fn monitor(bytes: &[u8; HEADER_LEN]) {
+/// What a guest sends: every header means something definite, and none makes the monitor answer wrongly. Messages are known only
+/// with `seqpacket`.
+fn monitor(bytes: &[u8; HEADER_LEN], seqpacket: bool) {
     let header = Header::from_bytes(bytes);
     assert_eq!(header.to_bytes(), *bytes, "a header changed on its way through");
     let guest = GuestCid::new(3).expect("the first identifier that is not reserved");
-    match header.parse(guest) {
-        Parsed::Stream(key, op) => {
+    let is_reset = Op::parse(header.op) == Some(Op::Reset);
+    match header.parse(guest, seqpacket) {
+        Parsed::Packet(key, socket_type, op) => {
             assert_eq!((header.src_cid, header.dst_cid), (guest.get(), HOST_CID));
-            assert_eq!(header.socket_type, TYPE_STREAM);
+            match socket_type {
+                SocketType::Stream => assert_eq!(header.socket_type, STREAM),
+                SocketType::Seqpacket => assert!(seqpacket && header.socket_type == SEQPACKET),
+            }
             assert_eq!((key.host.0, key.guest.0), (header.dst_port, header.src_port));
             assert_eq!(Op::parse(header.op), Some(op));
         }
         Parsed::Refuse(reply) => {
             assert_eq!(header.src_cid, guest.get(), "a reply to a forged sender");
+            assert!(!is_reset, "a reset answered by a reset");
             assert_eq!(Op::parse(reply.op), Some(Op::Reset));
-            assert_ne!(Op::parse(header.op), Some(Op::Reset), "a reset answered by a reset");
+            assert_eq!(reply.socket_type, header.socket_type);
             assert_eq!((reply.src_cid, reply.dst_cid), (header.dst_cid, header.src_cid));
             assert_eq!((reply.src_port, reply.dst_port), (header.dst_port, header.src_port));
             assert_eq!((reply.len, reply.flags, reply.buf_alloc, reply.fwd_cnt), (0, 0, 0, 0));
         }
-        Parsed::Ignore => {
-            let is_reset = Op::parse(header.op) == Some(Op::Reset);
-            assert!(header.src_cid != guest.get() || is_reset);
-        }
+        Parsed::Ignore => assert!(header.src_cid != guest.get() || is_reset),
     }
 }
 
@@ -49,7 +57,7 @@ fn agent(packet: &[u8]) {
             header.write(&mut written);
             assert_eq!(written, packet[..HEADER_LEN], "a header changed on its way through");
             let other = Header::from_bytes(&written);
-            assert_eq!(other.socket_type, TYPE_STREAM);
+            assert_eq!(other.socket_type, STREAM);
             assert!(Op::parse(other.op).is_some());
             assert_eq!(
                 (other.src_cid, other.dst_cid, other.src_port, other.dst_port),
@@ -72,7 +80,7 @@ fn agent(packet: &[u8]) {
         }
         Err(agent_side::PacketError::Unsupported { source_cid, source_port, destination_port }) => {
             let other = Header::from_bytes(packet.first_chunk().expect("a header was read"));
-            assert!(other.socket_type != TYPE_STREAM || Op::parse(other.op).is_none());
+            assert!(other.socket_type != STREAM || Op::parse(other.op).is_none());
             assert_eq!(
                 (other.src_cid, other.src_port, other.dst_port),
                 (source_cid, source_port, destination_port)

@@ -18,6 +18,6 @@ pub use crate::device::vsock::{GuestPort, HostPort};
 /// Headers of vsock packets.
 pub mod packet {
     pub use crate::device::vsock::packet::{
-        ConnectionKey, GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, Shutdown, TYPE_STREAM,
+        ConnectionKey, GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, Shutdown, SocketType,
     };
 }

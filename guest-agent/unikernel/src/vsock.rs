@@ -5,6 +5,7 @@ mod connection;
 mod connections;
 mod credit;
 #[cfg(feature = "fuzzing")]
+#[allow(missing_docs, reason = "public for its fuzzer alone")]
 pub mod packet;
 #[cfg(not(feature = "fuzzing"))]
 mod packet;
