@@ -15,7 +15,7 @@ mod disks;
 mod documents;
 /// The agent's image boots in monitors of other people.
 mod elsewhere;
-/// A thousand resets leave nothing behind on the host.
+/// Many resets leave nothing behind on the host.
 mod endurance;
 /// `--inject`: each step that a reset leaves out on purpose is found under its name.
 mod faults;
@@ -33,9 +33,15 @@ mod jail;
 mod leftovers;
 /// `run` boots the agent, takes its report and resets it by every cause.
 mod lives;
+/// Sockets for messages over vsock, both ways, and as many connections as there may be.
+mod messages;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// Bytes in either direction, on connections that either side has opened.
+mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
+/// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.
+mod vsock_command;

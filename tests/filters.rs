@@ -12,7 +12,7 @@ use crate::harness::held::agent_at;
 use crate::harness::{Outcome, Started, TRACES, cleanslate, eventually, file, skipped, temp_dir};
 
 /// Test modules whose machines make every call that a rule is for, unless it says that none does.
-const REPERTOIRE: [&str; 8] = [
+const REPERTOIRE: [&str; 9] = [
     "counters::",
     "disks::",
     "faults::",
@@ -20,6 +20,7 @@ const REPERTOIRE: [&str; 8] = [
     "guests::",
     "hostile::",
     "lives::",
+    "messages::",
     "vsock::",
 ];
 
@@ -97,7 +98,7 @@ impl<'a> Call<'a> {
     /// Parses a line of strace, which prints numbers and empty strings.
     fn parse(line: &'a str) -> Option<Self> {
         let (name, rest) = line.split_once('(')?;
-        let arguments = rest.split(')').next()?.split(", ").map(number).collect();
+        let arguments = arguments(rest).into_iter().map(number).collect();
         name.chars()
             .all(|c| c.is_ascii_alphanumeric() || c == '_')
             .then_some(Self { name, arguments })
@@ -114,6 +115,27 @@ impl<'a> Call<'a> {
         };
         self.name == rule.call && rule.arguments.iter().all(|a| fits(a.index, a.value))
     }
+}
+
+/// The arguments at the start of `text`, to the bracket that ends them; structures and lists are one each.
+fn arguments(text: &str) -> Vec<&str> {
+    let (mut arguments, mut depth, mut start) = (Vec::new(), 0, 0);
+    for (at, character) in text.char_indices() {
+        match character {
+            '{' | '[' | '(' => depth += 1,
+            '}' | ']' => depth -= 1,
+            ')' if depth > 0 => depth -= 1,
+            ',' | ')' if depth == 0 => {
+                arguments.push(text[start..at].trim());
+                start = at + 1;
+                if character == ')' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    arguments
 }
 
 /// A number as strace prints it: flags may be apart.

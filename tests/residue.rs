@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::harness::run;
+use crate::harness::{Outcome, run};
 
 /// Items that every KVM lets a guest poison.
-const ALWAYS: [&str; 44] = [
+const ALWAYS: [&str; 46] = [
     "cr.cr0",
     "cr.cr2",
     "cr.cr3",
@@ -35,9 +35,11 @@ const ALWAYS: [&str; 44] = [
     "lapic.timer_count",
     "lapic.timer_lvt",
     "lapic.tpr",
+    "msr.hwcr",
     "msr.kernel_gs_base",
     "msr.lstar",
     "msr.pat",
+    "msr.tsc_adjust",
     "ram.pages",
     "reg.eax",
     "reg.ecx",
@@ -53,6 +55,15 @@ const ALWAYS: [&str; 44] = [
     "seg.ldtr",
     "seg.tr",
 ];
+
+/// What the agent's last instructions give to XMM0, and with its number to R15.
+const MARK: u64 = 0x1eaf_1eaf_1eaf_0000;
+
+/// What became of one item before this life.
+fn item<'a>(life: &'a Value, name: &str) -> &'a Value {
+    let items = life["residue"].as_array().expect("a residue check");
+    items.iter().find(|item| item["item"] == name).unwrap_or_else(|| panic!("no {name}"))
+}
 
 /// The outcome of each item of a life.
 fn outcomes(life: &Value) -> BTreeMap<&str, &str> {
@@ -132,8 +143,6 @@ fn all_pages_of_ram_are_stamped_as_far_as_the_agent_maps_them() {
 
 #[test]
 fn the_last_registers_hold_their_marks_whatever_the_cause() {
-    /// What leave.s gives to R15 and XMM0.
-    const MARK: u64 = 0x1eaf_1eaf_1eaf_0000;
     for cause in ["i8042", "cf9", "acpi", "triple"] {
         let arguments = ["run", "--json", "--poison", "--resets", "1", "--reset-via", cause];
         let faults = ["--inject", "registers-kept", "--inject", "fpu-kept"];
@@ -150,6 +159,55 @@ fn the_last_registers_hold_their_marks_whatever_the_cause() {
             assert_eq!(item["detail"], expected, "{name} {outcome}");
         }
     }
+}
+
+/// A machine that its host resets a few times at one moment, with what more is wanted.
+fn reset_by_host_at(moment: &str, more: &[&str]) -> Outcome {
+    let arguments = ["run", "--json", "--poison", "--resets", "8", "--seed", "1"];
+    let when = ["--reset-via", "host", "--moments", moment];
+    run(&[&arguments[..], &when, more].concat())
+}
+
+#[test]
+fn the_last_registers_hold_their_marks_at_any_moment_at_which_the_agent_can_be_still() {
+    let faults = ["--inject", "registers-kept", "--inject", "fpu-kept"];
+    for moment in ["quiet", "mid-connect", "nmi-pending"] {
+        let outcome = reset_by_host_at(moment, &faults).expect_status(1);
+        for life in &outcome.json()["lives"].as_array().unwrap()[1..] {
+            for (name, expected) in [("reg.r15", MARK + 15), ("fpu.xmm0", MARK)] {
+                assert_eq!(item(life, name)["detail"], expected, "{moment}: {name} {outcome}");
+            }
+        }
+    }
+    // Another life is between these and the look.
+    for moment in ["two-causes", "mid-boot"] {
+        let outcome = reset_by_host_at(moment, &[]).expect_status(0);
+        for life in &outcome.json()["lives"].as_array().unwrap()[1..] {
+            for name in ["reg.r15", "fpu.xmm0"] {
+                assert_eq!(item(life, name)["outcome"], "reset", "{moment}: {name} {outcome}");
+            }
+        }
+    }
+}
+
+#[test]
+fn of_an_agent_that_was_at_work_the_last_registers_are_not_called_poisoned() {
+    let outcome = reset_by_host_at("mid-transfer", &[]).expect_status(0);
+    for life in &outcome.json()["lives"].as_array().unwrap()[1..] {
+        for name in ["reg.r15", "reg.eax", "fpu.xmm0", "fpu.xmm7"] {
+            let item = item(life, name);
+            assert_eq!(item["outcome"], "not-poisonable", "{name} {outcome}");
+            let reason = "the host reset the machine while the agent was at work";
+            assert_eq!(item["detail"], reason, "{name} {outcome}");
+        }
+        for name in ["fpu.xmm8", "dr0", "msr.star", "cr.cr3"] {
+            assert_eq!(item(life, name)["outcome"], "reset", "{name} {outcome}");
+        }
+    }
+    let by_guest = ["--reset-via", "cf9", "--moments", "mid-transfer", "--seed", "1"];
+    let arguments = ["run", "--json", "--poison", "--resets", "2"];
+    let outcome = run(&[&arguments[..], &by_guest].concat()).expect_status(0);
+    assert_eq!(item(&outcome.json()["lives"][1], "reg.r15")["outcome"], "reset", "{outcome}");
 }
 
 #[test]

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
 
-use crate::harness::eventually;
 use crate::harness::held::Held;
+use crate::harness::{eventually, signal};
 
 /// Connects as any client of the convention does, and returns the connection and the answer.
-fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
+pub fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
     writeln!(stream, "CONNECT {port}").unwrap();
@@ -24,7 +24,7 @@ fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
     (stream, answer)
 }
 
-fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
+pub fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
     let mut prefix = [0; frame::PREFIX_LEN];
     stream.read_exact(&mut prefix).unwrap();
     let mut bytes = prefix.to_vec();
@@ -33,7 +33,7 @@ fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
     frame::decode(&bytes).unwrap().unwrap().0
 }
 
-fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
+pub fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
     stream.get_mut().write_all(&frame::encode(request).unwrap()).unwrap();
     receive(stream)
 }
@@ -126,6 +126,51 @@ fn a_reset_drops_open_connections() {
     }
     let (mut stream, _) = connect(&machine.path, AGENT_PORT);
     assert_eq!(receive::<Hello>(&mut stream).life, 2);
+    machine.end();
+}
+
+#[test]
+fn sigusr1_ends_all_connections_and_the_guest_goes_on() {
+    for arguments in [&[][..], &["--no-jail"]] {
+        let machine = Held::start_with(arguments);
+        for events in 1..=3 {
+            let mut streams: Vec<_> =
+                (0..3).map(|_| connect(&machine.path, AGENT_PORT).0).collect();
+            for stream in &mut streams {
+                assert_eq!(receive::<Hello>(stream).life, 1);
+            }
+            signal(machine.child(), rustix::process::Signal::USR1);
+            for mut stream in streams {
+                let mut rest = Vec::new();
+                stream.read_to_end(&mut rest).unwrap();
+                assert_eq!(rest, b"");
+            }
+            // It is the same life, and the guest has heard of it.
+            let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+            assert_eq!(receive::<Hello>(&mut stream).life, 1);
+            let Reply::State(state, _) = ask(&mut stream, &Request::GetState) else {
+                panic!("no state")
+            };
+            let heard = state.iter().find(|reading| reading.item == "vsock.events").unwrap();
+            assert_eq!(heard.value, Some(events));
+        }
+        machine.end();
+    }
+}
+
+#[test]
+fn clients_beyond_the_descriptors_of_a_machine_wait_and_disturb_nobody() {
+    let machine = Held::start_with(&["--resource-limit", "no-file=40"]);
+    let (mut first, _) = connect(&machine.path, AGENT_PORT);
+    receive::<Hello>(&mut first);
+    let waiting: Vec<_> = (0..60).map(|_| UnixStream::connect(&machine.path).unwrap()).collect();
+    waiting.iter().for_each(|mut stream| writeln!(stream, "CONNECT {AGENT_PORT}").unwrap());
+    assert_eq!(ask(&mut first, &Request::Ping(1)), Reply::Pong(1));
+    drop(waiting);
+    eventually("there is room again", || {
+        let (mut stream, answer) = connect(&machine.path, AGENT_PORT);
+        answer.starts_with("OK ") && receive::<Hello>(&mut stream).life == 1
+    });
     machine.end();
 }
 

@@ -23,7 +23,8 @@ use crate::sys::{self, Child, SignalFd, SignalMask};
 use crate::user::User;
 
 /// Signals that the caller hands on instead of dying of them.
-const HANDED_ON: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGTSTP];
+const HANDED_ON: [i32; 5] =
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGTSTP, libc::SIGUSR1];
 
 /// At which SIGINT, SIGTERM or SIGHUP a machine's process is killed. The first asks it to end, and the second makes it end at
 /// once, if it is still its own master.
@@ -131,7 +132,7 @@ impl Inside {
 
 impl Jail {
     /// Makes what has to be there before the process: the janitor, the control group. From here on the caller does not die
-    /// of SIGINT, SIGTERM or SIGHUP; [`Prepared::run`] hands on those that it does not ignore. The caller has one thread.
+    /// of SIGINT, SIGTERM, SIGHUP or SIGUSR1; [`Prepared::run`] hands on those that it does not ignore. The caller has one thread.
     ///
     /// # Errors
     /// [`JailError`].
@@ -305,7 +306,7 @@ impl Prepared {
                 }
             } else if signalled {
                 let signal = self.signals.take()?;
-                ends_wanted += u32::from(signal != libc::SIGTSTP);
+                ends_wanted += u32::from(![libc::SIGTSTP, libc::SIGUSR1].contains(&signal));
                 if ends_wanted >= PATIENCE && !self.jail.runs_a_program {
                     // It was told, and either hangs or is somebody else's by now.
                     let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
@@ -333,6 +334,7 @@ fn hand_on(signal: i32, process: &Child, leads_namespace: bool) {
         _ if leads_namespace && takes_default_action(process, signal) => send(Signal::KILL),
         libc::SIGINT => send(Signal::INT),
         libc::SIGHUP => send(Signal::HUP),
+        libc::SIGUSR1 => send(Signal::USR1),
         _ => send(Signal::TERM),
     }
 }

@@ -41,7 +41,7 @@ Examples:
     kill $pid
 
 The command gets an empty environment and standard input, output and error, nothing else. It must be linked statically \
-unless its root has its loader and libraries. It is handed SIGINT, SIGTERM and SIGHUP, and dies with the jailer; what it \
+unless its root has its loader and libraries. It is handed SIGINT, SIGTERM, SIGHUP and SIGUSR1, and dies with the jailer; what it \
 has started dies with it if there is --new-pid-ns or --cgroup. What was made for the jail is removed in the end, whoever \
 is killed, but for files that the command left in its root.
 

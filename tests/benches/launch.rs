@@ -1,5 +1,5 @@
-//! What a launch and a reset cost, beside the bare KVM calls that nobody can do without, and what the jail adds to a launch, in
-//! one run.
+//! What a launch and a reset cost, beside the bare KVM calls that nobody can do without, and what the jail adds to a launch and
+//! the residue check to a life, in one run.
 //!
 //! `cargo bench` prints a table: median, p90, p99, and the ratio of the medians to the floor. `-- --quick` shows in a few
 //! seconds that all of it still works.
@@ -49,6 +49,14 @@ fn main() {
         let times = reset_times(cause, resets);
         Figure::new(&format!("reset in place ({cause}) to the next hello"), times).print(&floor);
     }
+    let (mut added, mut agents) = (Vec::new(), Vec::new());
+    for _ in 0..launches.div_ceil(10) {
+        let pass = residue_pass(resets.div_ceil(20));
+        added.push(pass.added);
+        agents.extend(pass.agents);
+    }
+    Figure::new("what --poison adds to a life, without RAM", added).print(&floor);
+    Figure::new("of that the agent's work", agents).print(&floor);
     let (whole, guest) = resident();
     println!(
         "memory beyond the guest's own: {} KiB (three processes {whole}, guest {guest})",
@@ -117,6 +125,39 @@ fn reset_times(cause: &str, resets: usize) -> Vec<f64> {
     json["lives"].as_array().expect("lives").iter().skip(1).map(hello).collect()
 }
 
+/// What the residue check costs a life, in milliseconds, without the agent's work on RAM.
+struct Pass {
+    /// By how much it makes a life longer as seen from outside: two runs that differ in nothing else.
+    added: f64,
+    /// The agent's own account, life by life.
+    agents: Vec<f64>,
+}
+
+/// Of a machine that has little RAM behind the agent's image: what RAM costs the host is in no account.
+fn residue_pass(resets: usize) -> Pass {
+    let run = |options: &[&str]| {
+        let number = resets.to_string();
+        let began = Instant::now();
+        let json = run_json(&[&["--mem", "12", "--resets", &number], options].concat());
+        (milliseconds(began.elapsed()), json)
+    };
+    let (plain, _) = run(&[]);
+    let (poisoned, json) = run(&["--poison"]);
+    assert_eq!(json["verdict"], "clean");
+    let lives = json["lives"].as_array().expect("lives");
+    // The first life is looked at and poisoned, the last one only looked at.
+    let ms = |life: &Value, part: &str| {
+        let khz = life["report"]["timings"]["tsc_khz"].as_f64().expect("a frequency");
+        let ticks = |pass| life[pass][part].as_f64().unwrap_or(0.0);
+        (ticks("look_ticks") + ticks("poison_ticks")) / khz
+    };
+    let ram: f64 = lives.iter().map(|life| ms(life, "ram")).sum();
+    Pass {
+        added: (poisoned - plain - ram) / resets as f64,
+        agents: lives[..resets].iter().map(|life| ms(life, "state")).collect(),
+    }
+}
+
 fn hello(life: &Value) -> f64 {
     life["hello_us"].as_u64().expect("a hello") as f64 / 1e3
 }
@@ -150,14 +191,21 @@ fn resident() -> (u64, u64) {
     )
     .expect("end cleanslate");
     child.wait().expect("wait");
-    let (mut whole, mut guest, mut in_guest) = (0, 0, false);
+    let (mut whole, mut guest) = (0, 0);
+    // Only its beginning is in a file.
+    let (mut guest_end, mut in_guest) = (0, false);
     for line in maps.iter().flat_map(|maps| maps.lines()) {
         if let Some(share) = line.strip_prefix("Pss:") {
             let kib: u64 = share.trim().trim_end_matches(" kB").parse().expect("a number");
             whole += kib;
             guest += if in_guest { kib } else { 0 };
-        } else if line.split(' ').next().is_some_and(|range| range.contains('-')) {
-            in_guest = line.contains("guest-template");
+        } else if let Some((start, _)) = line.split(' ').next().and_then(|w| w.split_once('-'))
+            && let Ok(start) = usize::from_str_radix(start, 16)
+        {
+            if line.contains("guest-template") {
+                guest_end = start + (MEM_MIB << 20);
+            }
+            in_guest = start < guest_end;
         }
     }
     (whole, guest)

@@ -36,6 +36,11 @@ impl Guest {
         self.raw(&[0xc7, 0x05]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes())
     }
 
+    /// `mov word [address], value`
+    pub fn store16(self, address: u32, value: u16) -> Self {
+        self.raw(&[0x66, 0xc7, 0x05]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes())
+    }
+
     /// `mov eax, [address]`
     pub fn load(self, address: u32) -> Self {
         self.raw(&[0xa1]).raw(&address.to_le_bytes())
@@ -45,6 +50,18 @@ impl Guest {
     pub fn wait_for(self, address: u32, bits: u32) -> Self {
         let test = self.raw(&[0xf7, 0x05]).raw(&address.to_le_bytes()).raw(&bits.to_le_bytes());
         test.raw(&[0x74, (-12_i8) as u8])
+    }
+
+    /// Waits until `[address]` is `value`: `1: cmp dword [address], value; jne 1b`
+    pub fn wait_until(self, address: u32, value: u32) -> Self {
+        let compare = self.raw(&[0x81, 0x3d]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes());
+        compare.raw(&[0x75, (-12_i8) as u8])
+    }
+
+    /// The same for 16 bits: `1: cmp word [address], value; jne 1b`
+    pub fn wait_until16(self, address: u32, value: u16) -> Self {
+        let compare = self.raw(&[0x66, 0x81, 0x3d]).raw(&address.to_le_bytes());
+        compare.raw(&value.to_le_bytes()).raw(&[0x75, (-11_i8) as u8])
     }
 
     /// `mov ecx, index; mov eax, low; mov edx, high; wrmsr`

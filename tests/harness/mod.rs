@@ -2,6 +2,8 @@
 
 pub mod guest;
 pub mod held;
+pub mod process;
+pub mod vsock_guest;
 
 use std::fmt;
 use std::io::Read;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// Longest time that any run may take; far above what it needs, so that a hang ends and is seen.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The variable that names a directory for traces of system calls: each process that a test starts is then traced into it.
 pub const TRACES: &str = "CLEANSLATE_TRACES";

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
-    DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report,
-    Request, StateReading,
+    CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION,
+    Poisoning, Reply, Report, Request, StateReading,
 };
 use serde::de::DeserializeOwned;
 
@@ -90,9 +90,9 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn state(&mut self) -> Result<Vec<StateReading>, AgentError> {
+    pub fn state(&mut self) -> Result<(Vec<StateReading>, CheckTicks), AgentError> {
         match self.ask(&Request::GetState)? {
-            Reply::State(readings) => Ok(readings),
+            Reply::State(readings, ticks) => Ok((readings, ticks)),
             other => Err(unexpected(&other)),
         }
     }
@@ -101,9 +101,9 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn poison(&mut self) -> Result<Vec<Poisoning>, AgentError> {
+    pub fn poison(&mut self) -> Result<(Vec<Poisoning>, CheckTicks), AgentError> {
         match self.ask(&Request::Poison)? {
-            Reply::Poisoned(poisonings) => Ok(poisonings),
+            Reply::Poisoned(poisonings, ticks) => Ok((poisonings, ticks)),
             other => Err(unexpected(&other)),
         }
     }
@@ -132,15 +132,12 @@ impl Agent {
         }
     }
 
-    /// Has the guest do nothing more until the host resets the machine.
+    /// Has the guest do nothing more until the host resets the machine, which tells when it has come to that.
     ///
     /// # Errors
-    /// [`AgentError`].
+    /// [`AgentError`] if the request could not be sent.
     pub fn hold(&mut self) -> Result<(), AgentError> {
-        match self.ask(&Request::Hold)? {
-            Reply::Done => Ok(()),
-            other => Err(unexpected(&other)),
-        }
+        self.send(&Request::Hold)
     }
 
     /// Has the guest use disk `number`; `Err` is why it has none.
@@ -167,6 +164,22 @@ impl Agent {
         match self.ask(&Request::Random { bytes })? {
             Reply::Random(bytes) => Ok(Ok(bytes)),
             Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest open a connection to `host_port`, on which it will greet like on this one. Gives its own port.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn connect(
+        &mut self,
+        host_port: u32,
+        timeout: Duration,
+    ) -> Result<Result<u32, ConnectError>, AgentError> {
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        match self.ask(&Request::Connect { host_port, timeout_ms })? {
+            Reply::Connected(outcome) => Ok(outcome),
             other => Err(unexpected(&other)),
         }
     }
@@ -232,11 +245,13 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Pong(_) => "with a pong".into(),
         Reply::Echo(_) => "with an echo".into(),
         Reply::NmiSelfTest { .. } => "with an NMI self-test".into(),
-        Reply::State(_) => "with its state".into(),
-        Reply::Poisoned(_) => "that it is poisoned".into(),
+        Reply::State(..) => "with its state".into(),
+        Reply::Poisoned(..) => "that it is poisoned".into(),
         Reply::Done => "that it is done".into(),
         Reply::Disk(_) => "for a disk".into(),
         Reply::Random(_) => "with random bytes".into(),
+        Reply::Connected(_) => "with the outcome of a connection".into(),
+        Reply::Transferred(_) => "with the end of a transfer".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

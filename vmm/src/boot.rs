@@ -23,8 +23,8 @@ use image::Kind;
 /// What to boot.
 #[derive(Clone, Debug)]
 pub enum Payload {
-    /// The embedded guest agent.
-    Agent,
+    /// The guest agent: the embedded one, or an image that speaks the same protocol.
+    Agent(Option<PathBuf>),
     /// A kernel of the user's: an ELF with or without a PVH note, or a bzImage.
     Kernel {
         /// The kernel.
@@ -37,8 +37,8 @@ pub enum Payload {
 /// A payload whose files are open: what a confined process can load.
 #[derive(Debug)]
 pub enum Image {
-    /// The embedded guest agent.
-    Agent,
+    /// The guest agent: the embedded one, or an image that speaks the same protocol.
+    Agent(Option<ImageFile>),
     /// A kernel of the user's.
     Kernel {
         /// The kernel.
@@ -62,7 +62,8 @@ impl Payload {
     /// [`BootError::Read`].
     pub fn open(&self) -> Result<Image, BootError> {
         match self {
-            Self::Agent => Ok(Image::Agent),
+            Self::Agent(None) => Ok(Image::Agent(None)),
+            Self::Agent(Some(path)) => Ok(Image::Agent(Some(ImageFile::open("agent", path)?))),
             Self::Kernel { kernel, initrd } => Ok(Image::Kernel {
                 kernel: ImageFile::open("kernel", kernel)?,
                 initrd: match initrd {
@@ -92,7 +93,7 @@ impl Image {
     /// The open files.
     pub fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let (kernel, initrd) = match self {
-            Self::Agent => (None, None),
+            Self::Agent(agent) => (agent.as_ref(), None),
             Self::Kernel { kernel, initrd } => (Some(kernel), initrd.as_ref()),
         };
         kernel.into_iter().chain(initrd).map(|image| image.file.as_fd())
@@ -105,7 +106,7 @@ pub enum BootError {
     /// The file cannot be opened or read.
     #[error("read {what} {path:?}")]
     Read {
-        /// `kernel` or `initrd`.
+        /// `kernel`, `initrd` or `agent`.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -162,10 +163,11 @@ pub fn load(
     write_command_line(ram, command_line)?;
     acpi::write(ram, vcpus, slots)?;
     match image {
-        Image::Agent => {
+        Image::Agent(None) => {
             let mut image = Cursor::new(images::AGENT);
             load_image(ram, PathBuf::from("guest agent"), &mut image, None)
         }
+        Image::Agent(Some(ImageFile { mut file, path })) => load_image(ram, path, &mut file, None),
         Image::Kernel { kernel: ImageFile { mut file, path }, initrd } => {
             load_image(ram, path, &mut file, initrd)
         }

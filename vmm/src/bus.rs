@@ -18,6 +18,8 @@ pub enum Effect {
     Reset(GuestReset),
     /// Turn the machine off.
     PowerOff,
+    /// Say that the guest does nothing more.
+    Rest,
 }
 
 /// Something that answers on a bus. Offsets are relative to the device's base; `data` is 1 to 8 bytes long.

@@ -2,33 +2,20 @@
 
 mod agent;
 mod jail;
+mod merge;
+mod reports;
 mod run;
 mod soak;
+mod vsock;
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 
+use crate::exit;
 use crate::lifecycle::chain;
-
-/// What the process's exit status says.
-pub mod exit {
-    /// The machine is clean, or a guest of the user's ended by turning the machine off.
-    pub const CLEAN: u8 = 0;
-    /// The verdict has findings.
-    pub const FINDINGS: u8 = 1;
-    /// Wrong usage, or the host failed.
-    pub const USAGE_OR_HOST: u8 = 2;
-    /// A guest of the user's asked for a reset beyond `--resets`.
-    pub const GUEST_RESET: u8 = 3;
-    /// A guest of the user's died of a triple fault beyond `--resets`.
-    pub const GUEST_TRIPLE_FAULT: u8 = 4;
-    /// KVM cannot run the guest any further.
-    pub const GUEST_STUCK: u8 = 5;
-    /// SIGINT or SIGTERM.
-    pub const INTERRUPTED: u8 = 130;
-}
 
 /// A microVM monitor that resets its machine in place and proves that nothing was left behind.
 #[derive(Debug, Parser)]
@@ -42,7 +29,9 @@ struct Arguments {
 enum Command {
     Run(Box<run::Arguments>),
     Soak(Box<soak::Arguments>),
+    Merge(merge::Arguments),
     Agent(agent::Arguments),
+    Vsock(vsock::Arguments),
 }
 
 /// A failure that ends the program with [`exit::USAGE_OR_HOST`].
@@ -56,15 +45,24 @@ pub fn status(result: Result<u8, Error>) -> u8 {
     })
 }
 
-/// Parses the command line and does what it says. `started` is when the process began.
+/// Parses the command line and does what it says. `started` is when the process began; `null`, if the host has that, leads nowhere, and takes the
+/// place of standard input for all who do not read it: who takes over a machine's process is not to read what the user types.
 ///
 /// # Errors
 /// Wrong usage that only shows when tried, and failures of the host.
-pub fn main(started: Instant) -> Result<u8, Error> {
-    match Arguments::try_parse().map_err(in_one_line)?.command {
+pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
+    let command = Arguments::try_parse().map_err(in_one_line)?.command;
+    if let Some(null) = null
+        && !matches!(command, Command::Vsock(_))
+    {
+        rustix::stdio::dup2_stdin(&null)?;
+    }
+    match command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
+        Command::Merge(arguments) => merge::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
+        Command::Vsock(arguments) => vsock::main(arguments),
     }
 }
 

@@ -22,11 +22,11 @@ pub enum Fault {
     NmiQueued,
     /// RAM behind the agent's image keeps its contents
     RamKept,
-    /// General registers, CR2, CR3, data segments and LDTR stay as they are, but for what the entry point needs
+    /// General, control and segment registers and those of descriptor tables stay as they are, but for what the entry point needs
     RegistersKept,
     /// Model-specific registers stay as they are, but for those of clocks, counters and KVM's interface
     MsrsKept,
-    /// The local APIC keeps all but its timer and its NMI pin
+    /// The local APIC keeps its mode and all registers but those of its timer
     LapicKept,
     /// The I/O APIC keeps its entries
     IoapicKept,

@@ -50,7 +50,7 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// The agent's image lies below, with everything that it uses as memory. A multiple of 2 MiB, so that what is above can have
 /// large pages.
-pub const AGENT_END: u64 = 10 << 20;
+pub const AGENT_END: u64 = 12 << 20;
 
 /// First serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -62,6 +62,8 @@ pub const I8042_DATA_PORT: u16 = 0x60;
 pub const NMI_STATUS_PORT: u16 = 0x61;
 /// Keyboard controller: command and status.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+/// Diagnostics of old; the agent says here that it rests. A number that an instruction can hold: no register is free then.
+pub const REST_PORT: u16 = 0x80;
 /// Reset control register of a PCI host bridge.
 pub const RESET_CONTROL_PORT: u16 = 0xcf9;
 /// ACPI registers: reset at +0, sleep control at +1, sleep status at +2.

@@ -10,7 +10,10 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod device;
+pub mod exit;
 pub mod fault;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod layout;

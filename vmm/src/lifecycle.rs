@@ -72,7 +72,8 @@ pub fn lead(
     let mut steps = plan.schedule.steps().take(plan.resets as usize);
     let mut current = Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: started };
     let trace = Trace::new(started);
-    let mut leader = Leader { machine, plan, power_on: None, poisoned: Vec::new(), trace };
+    let mut leader =
+        Leader { machine, plan, power_on: None, poisoned: Vec::new(), left: false, trace };
     loop {
         let (life, next) = leader.live(current, steps.next())?;
         on_life(&life, &leader.trace);
@@ -99,6 +100,8 @@ struct Leader<'a> {
     power_on: Option<Vec<StateReading>>,
     /// What the life before was poisoned with.
     poisoned: Vec<Poisoning>,
+    /// Whether its agent came to its last instructions.
+    left: bool,
     trace: Trace,
 }
 
@@ -128,9 +131,20 @@ impl Leader<'_> {
             hello_us: None,
             report: None,
             residue: Vec::new(),
+            look_ticks: None,
+            poison_ticks: None,
+            dma_audit: Vec::new(),
             failure: None,
         };
-        match self.live_through(&mut record, at, reset) {
+        let lived = self.live_through(&mut record, at, reset);
+        if let Some(audit) = self.machine.dma_audit() {
+            // Whatever the guest posted until its end. If there is no other life, the verdict's moment is that.
+            record.dma_audit = match lived {
+                Ok(Some(_)) => audit.take_ended(),
+                _ => audit.take_all(),
+            };
+        }
+        match lived {
             Ok(next) => Ok((record, next)),
             Err(Trouble::Life(failure)) => {
                 self.trace.note(|| format!("life {life} failed: {}", failure.kind.name()));
@@ -175,7 +189,9 @@ impl Leader<'_> {
             Some(step) => {
                 if self.plan.poison {
                     let poisoned = agent.poison();
-                    self.poisoned = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                    let (poisoned, ticks) =
+                        poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+                    (self.poisoned, record.poison_ticks) = (poisoned, Some(ticks));
                     self.trace.note(|| "poisoned".into());
                 }
                 if self.plan.arms_pmu {
@@ -191,7 +207,9 @@ impl Leader<'_> {
 
     /// The first thing that a life is asked.
     fn look_for_residue(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
-        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport))?;
+        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport));
+        let (state, ticks) = state?;
+        record.look_ticks = Some(ticks);
         match &self.power_on {
             Some(power_on) => record.residue = verify::compare(power_on, &self.poisoned, &state),
             None => self.power_on = Some(state),
@@ -261,6 +279,10 @@ impl Leader<'_> {
             }
             Event::Stopped(Stop::PowerOff) => {
                 self.failure(FailureKind::GuestStopped, "the guest turned the machine off".into())
+            }
+            Event::Rested => {
+                let detail = "the agent came to rest though nobody asked for it";
+                self.failure(FailureKind::GuestStopped, detail.into())
             }
             Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi(_) => {
                 self.failure(FailureKind::GuestStopped, "the machine stopped".into())

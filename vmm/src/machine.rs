@@ -38,6 +38,7 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::ResetControl;
 use crate::device::rng::{Rng, RngStats};
 use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError, VsockStats};
 use crate::fault::FaultError;
@@ -102,6 +103,8 @@ struct Devices {
     nmi_status: Shared<NmiStatus>,
     reset_control: Shared<ResetControl>,
     virtio: VirtioDevices,
+    /// Whoever looks at the buffers of all of them.
+    audit: Option<DmaAudit>,
 }
 
 /// The machine's virtio devices, each by its type and all alike.
@@ -126,6 +129,8 @@ struct Machine {
     memory: Memory,
     config: Config,
     life: u32,
+    /// Whether the guest of this life has said that it rests.
+    rested: bool,
     inbox: Receiver<Message>,
     /// Messages that were looked at and left for later; they come before the inbox.
     kept: VecDeque<Message>,
@@ -148,6 +153,8 @@ enum VcpuStop {
     Reset(Cause),
     /// The guest turned the machine off.
     PowerOff,
+    /// The guest does nothing more. It may run on.
+    Rest,
     /// KVM cannot go on.
     Stuck(GuestStuck),
     /// The host failed.
@@ -157,6 +164,7 @@ enum VcpuStop {
 enum Command {
     Reset,
     Nmi(NmiVia),
+    ResetTransport,
     Stop,
 }
 
@@ -223,6 +231,8 @@ pub enum Event {
         /// When the cause reached the monitor.
         at: Instant,
     },
+    /// The agent has come to its last instructions, with marks in all registers. At most once in a life.
+    Rested,
     /// An NMI was wanted, and this became of it.
     Nmi(NmiOutcome),
     /// It does not run any more. The last event.
@@ -307,6 +317,7 @@ pub struct Handle {
     events: Receiver<Event>,
     connector: VsockConnector,
     virtio: VirtioDevices,
+    audit: Option<DmaAudit>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     console: ConsoleTail,
@@ -330,6 +341,12 @@ impl Handle {
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
     pub fn inject_nmi(&self, via: NmiVia) {
         self.send(Command::Nmi(via));
+    }
+
+    /// Ends all vsock connections and has the device tell the guest that its transport was reset; see
+    /// [`Vsock::reset_transport`].
+    pub fn reset_transport(&self) {
+        self.send(Command::ResetTransport);
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.
@@ -378,6 +395,11 @@ impl Handle {
             rng: rng.as_ref().map(|rng| lock(rng).device.stats()),
             disks: disks.iter().map(|disk| lock(disk).device.stats()).collect(),
         }
+    }
+
+    /// The audit of its buffers, if there is one.
+    pub fn dma_audit(&self) -> Option<&DmaAudit> {
+        self.audit.as_ref()
     }
 
     /// What this host is.

@@ -7,7 +7,7 @@
 #![cfg_attr(target_env = "gnu", no_main)]
 
 use std::io::IsTerminal;
-use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
@@ -29,26 +29,26 @@ fn main() {
 fn run() -> ! {
     let started = process_start();
     vmm::memory::prepare_process();
-    if prepare_descriptors().is_err() {
+    let Ok(null) = prepare_descriptors() else {
         // There is nowhere to say so.
-        std::process::exit(vmm::cli::exit::USAGE_OR_HOST.into());
-    }
-    let status = vmm::cli::status(vmm::cli::main(started));
+        std::process::exit(vmm::exit::USAGE_OR_HOST.into());
+    };
+    let status = vmm::cli::status(vmm::cli::main(started, null));
     // Not a return: this writes what is left in the standard library's buffers.
     std::process::exit(status.into())
 }
 
 /// Leads the standard descriptors that are closed nowhere, as the standard library's own `main` does: what is opened next would
-/// have such a number otherwise, and be written to, and kept in a jail. And standard input, which nobody here reads: who
-/// takes over a machine's process is not to read what the user types, so a terminal is open for writing alone, too.
-fn prepare_descriptors() -> rustix::io::Result<()> {
+/// have such a number otherwise, and be written to, and kept in a jail. A terminal is open for writing alone: who takes over a
+/// machine's process is not to read what the user types. Gives what leads nowhere, for standard input too where nobody reads it.
+fn prepare_descriptors() -> rustix::io::Result<Option<OwnedFd>> {
     const STDERR: i32 = 2;
     let open = || rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty());
     let standard = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
     let mut null = match open() {
         // A host without it is all right as long as nothing is closed.
         Err(_) if standard.into_iter().all(|fd| rustix::io::fcntl_getfd(fd).is_ok()) => {
-            return Ok(());
+            return Ok(None);
         }
         result => result?,
     };
@@ -57,7 +57,6 @@ fn prepare_descriptors() -> rustix::io::Result<()> {
         let _ = null.into_raw_fd();
         null = open()?;
     }
-    rustix::stdio::dup2_stdin(&null)?;
     // It may be somebody else's (su(1)), who alone may open it; then it stays as it is.
     let terminal = |number: i32| {
         let flags = OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -73,7 +72,7 @@ fn prepare_descriptors() -> rustix::io::Result<()> {
     {
         rustix::stdio::dup2_stderr(&terminal)?;
     }
-    Ok(())
+    Ok(Some(null))
 }
 
 /// When the process began: as long ago as the processor time that it has used, which the C library and the kernel's part

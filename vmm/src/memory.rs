@@ -1,20 +1,21 @@
 //! Guest RAM: a sealed template that all machines of an image share, and one private mapping of it for each machine.
 //!
-//! A reset drops the private pages with one `madvise`, so the guest sees the template again and nothing of what it
-//! wrote can survive. This is one of the two modules that may be unsafe.
+//! A reset drops the private pages or, where the template is empty anyway, empties them, so the guest sees the template
+//! again and nothing of what it wrote can survive. This is one of the two modules that may be unsafe.
 
-pub mod file_io;
+mod pieces;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
 /// Prepares the process. A reader that goes away and a disk larger than files may be (`--resource-limit fsize`) become errors to
@@ -64,11 +65,14 @@ pub enum MemoryError {
     /// The ranges of [`layout::ram_ranges`] were refused.
     #[error("lay out guest memory")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// Finding out how far the template is not empty.
+    #[error("find the end of the memory template's contents")]
+    Look(#[source] io::Error),
     /// Mapping the part of the template that is not empty.
     #[error("map the image into guest memory")]
     Front(#[source] io::Error),
     /// Going back to the template.
-    #[error("drop the private pages of guest memory")]
+    #[error("drop or empty the private pages of guest memory")]
     Restore(#[source] io::Error),
 }
 
@@ -142,6 +146,15 @@ pub struct RamRange {
 #[derive(Debug)]
 pub struct Memory {
     ram: GuestRam,
+    /// What is in no file, in the order of the ranges.
+    anonymous: Vec<Anonymous>,
+}
+
+/// Where the part of a range begins that is in no file, and where its pages become large ones; guest addresses.
+#[derive(Clone, Copy, Debug)]
+struct Anonymous {
+    start: u64,
+    large: u64,
 }
 
 impl Memory {
@@ -150,17 +163,24 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Map`] if the address space or the kernel's patience is exhausted.
     pub fn map(template: &Template) -> Result<Self, MemoryError> {
-        Ok(Self { ram: map(&template.file, template.bytes, libc::MAP_PRIVATE)? })
+        let ram = map(&template.file, template.bytes, libc::MAP_PRIVATE)?;
+        let none = |region: &GuestRegionMmap| {
+            let end = region.start_addr().0 + region.len();
+            Anonymous { start: end, large: end }
+        };
+        Ok(Self { anonymous: ram.iter().map(none).collect(), ram })
     }
 
-    /// Maps the template privately below the guest address `end`; above, where it is empty, RAM comes from no file: what is only
-    /// read there costs no memory, which a hole of a file does, and what is written comes in large pages where the host has
-    /// them. So a guest that looks at all of it is done in milliseconds. `end` is a multiple of the page size.
+    /// Maps the template privately as far as there is anything in it. RAM behind that comes from no file: what is only read
+    /// there costs no memory, which a hole of a file does, and what is written is there to stay (see [`Memory::restore`]). From
+    /// the guest address `large` on, a multiple of the page size, it comes in large pages where the host has them, so a guest that
+    /// looks at all of it is done in milliseconds.
     ///
     /// # Errors
-    /// [`MemoryError::Map`] as for [`Memory::map`], or [`MemoryError::Front`].
-    pub fn map_below(template: &Template, end: u64) -> Result<Self, MemoryError> {
-        let mut regions = Vec::new();
+    /// [`MemoryError::Map`] as for [`Memory::map`], [`MemoryError::Look`] or [`MemoryError::Front`].
+    pub fn map_contents(template: &Template, large: u64) -> Result<Self, MemoryError> {
+        let contents = contents_end(&template.file).map_err(MemoryError::Look)?;
+        let (mut regions, mut anonymous) = (Vec::new(), Vec::new());
         let mut offset = 0;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         for (start, len) in layout::ram_ranges(template.bytes) {
@@ -168,7 +188,7 @@ impl Memory {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             let mapping = MmapRegion::build(None, len as usize, protection, flags)
                 .map_err(MemoryError::Map)?;
-            let front = end.saturating_sub(start).min(len);
+            let front = contents.saturating_sub(offset).min(len);
             if front > 0 {
                 let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
                 // SAFETY: the range lies in the mapping that was just made, which nobody knows yet and which is unmapped whole,
@@ -187,17 +207,20 @@ impl Memory {
                     return Err(MemoryError::Front(io::Error::last_os_error()));
                 }
             }
-            if front < len {
+            let small = large.saturating_sub(start).clamp(front, len);
+            if small < len {
                 // SAFETY: the rest of the same mapping.
-                let rest = unsafe { mapping.as_ptr().add(front as usize) }.cast();
+                let rest = unsafe { mapping.as_ptr().add(small as usize) }.cast();
                 // SAFETY: advice alone; a kernel without large pages refuses it, and then there are none.
-                unsafe { libc::madvise(rest, (len - front) as usize, libc::MADV_HUGEPAGE) };
+                unsafe { libc::madvise(rest, (len - small) as usize, libc::MADV_HUGEPAGE) };
             }
+            anonymous.push(Anonymous { start: start + front, large: start + small });
             // `new` fails only where start + length overflows; `ram_ranges` stays far below.
             regions.extend(GuestRegionMmap::new(mapping, GuestAddress(start)));
             offset += len;
         }
-        Ok(Self { ram: GuestRam::from_regions(regions).map_err(MemoryError::Layout)? })
+        let ram = GuestRam::from_regions(regions).map_err(MemoryError::Layout)?;
+        Ok(Self { ram, anonymous })
     }
 
     /// RAM as the devices see it.
@@ -214,8 +237,11 @@ impl Memory {
         })
     }
 
-    /// Gives the guest the template again: every page that this machine wrote is dropped. The caller keeps the vCPUs and
-    /// the devices away meanwhile.
+    /// Gives the guest the template again: every page of it that this machine wrote is dropped, and what is in no file is empty
+    /// again. The caller keeps the vCPUs and the devices away meanwhile.
+    ///
+    /// Pages in no file that this machine has, and will likely want again, are emptied where they are. That takes a
+    /// fifth of the time that dropping them does, the kernel's emptying of new ones and their way into the guest included.
     ///
     /// # Errors
     /// [`MemoryError::Restore`]; memory is then in an unknown state and the machine must be dropped.
@@ -229,101 +255,123 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Restore`]; memory is then in an unknown state and the machine must be dropped.
     pub fn restore_below(&mut self, end: u64) -> Result<(), MemoryError> {
-        for region in self.ram.iter() {
-            let len = end.saturating_sub(region.start_addr().0).min(region.len()) as usize;
-            if len == 0 {
-                continue;
-            }
-            let start = region.as_ptr().cast::<libc::c_void>();
-            // SAFETY: [start, start + len) lies in the mapping that `region` owns and keeps alive. No Rust reference points
-            // into it: guest memory is reached only through vm-memory's volatile accessors, which expect
-            // contents to change at any time.
-            let result = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
-            if result != 0 {
-                return Err(MemoryError::Restore(io::Error::last_os_error()));
+        for (region, &Anonymous { start, large }) in self.ram.iter().zip(&self.anonymous) {
+            let first = region.start_addr().0;
+            let end = end.clamp(first, first + region.len());
+            let part = |from: u64, to: u64| {
+                let offset = from.min(end) - first;
+                Part {
+                    region,
+                    offset: offset as usize,
+                    len: (to.min(end) - from.min(end)) as usize,
+                }
+            };
+            part(first, start).drop_pages()?;
+            part(start, large).empty(PAGE)?;
+            let rest = part(large, end.max(large));
+            // Of a guest that does not use its RAM nothing is there, however large that is.
+            match rest.len > 0 && rest.starts_resident()? {
+                true => rest.empty(LARGE_PAGE)?,
+                false => rest.drop_pages()?,
             }
         }
         Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use vm_memory::Bytes;
+const PAGE: usize = 4096;
+const LARGE_PAGE: usize = 2 << 20;
 
-    fn template_with(text: &'static [u8]) -> Template {
-        let load = |ram: &GuestRam| -> Result<(), MemoryError> {
-            ram.write_slice(text, GuestAddress(0x1000)).unwrap();
-            Ok(())
-        };
-        Template::build(4 << 20, load).unwrap().0
+/// A part of one range of guest RAM; multiples of [`PAGE`].
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    region: &'a GuestRegionMmap,
+    offset: usize,
+    len: usize,
+}
+
+impl Part<'_> {
+    fn address(&self) -> *mut libc::c_void {
+        // Every part lies in its region, so this is the address of one of its bytes, or of its end.
+        self.region.as_ptr().wrapping_add(self.offset).cast()
     }
 
-    fn read(memory: &Memory, address: u64) -> [u8; 4] {
-        let mut bytes = [0; 4];
-        memory.ram().read_slice(&mut bytes, GuestAddress(address)).unwrap();
-        bytes
+    fn sub(&self, offset: usize, len: usize) -> Self {
+        assert!(offset + len <= self.len, "{len} bytes at {offset} of {}", self.len);
+        Self { offset: self.offset + offset, len, ..*self }
     }
 
-    #[test]
-    fn a_restore_brings_back_the_template_and_zeroes_the_rest() {
-        let template = template_with(b"kern");
-        let mut memory = Memory::map(&template).unwrap();
-        for address in [0x1000, 0x2000, (4 << 20) - 4] {
-            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+    /// Drops the pages: they are as the file has them, or empty.
+    fn drop_pages(&self) -> Result<(), MemoryError> {
+        if self.len == 0 {
+            return Ok(());
         }
-        memory.restore().unwrap();
-        assert_eq!(&read(&memory, 0x1000), b"kern");
-        assert_eq!(read(&memory, 0x2000), [0; 4]);
-        assert_eq!(read(&memory, (4 << 20) - 4), [0; 4]);
-    }
-
-    #[test]
-    fn a_restore_below_an_address_leaves_the_rest() {
-        let mut memory = Memory::map(&template_with(b"kern")).unwrap();
-        for address in [0x1000, 0x2000, 0x3000] {
-            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+        // SAFETY: the part lies in the mapping that `region` owns and keeps alive. No Rust reference points into it: guest
+        // memory is reached only through vm-memory's volatile accessors, which expect contents to change at any time.
+        let result = unsafe { libc::madvise(self.address(), self.len, libc::MADV_DONTNEED) };
+        if result != 0 {
+            return Err(MemoryError::Restore(io::Error::last_os_error()));
         }
-        memory.restore_below(0x3000).unwrap();
-        assert_eq!(&read(&memory, 0x1000), b"kern");
-        assert_eq!((read(&memory, 0x2000), &read(&memory, 0x3000)), ([0; 4], b"leak"));
-        memory.restore_below(0).unwrap();
-        assert_eq!(&read(&memory, 0x3000), b"leak");
+        Ok(())
     }
 
-    #[test]
-    fn ram_without_file_is_empty_and_a_restore_empties_it_again() {
-        let template = template_with(b"kern");
-        let mut memory = Memory::map_below(&template, 2 << 20).unwrap();
-        let above = (4 << 20) - 4;
-        assert_eq!((&read(&memory, 0x1000), read(&memory, above)), (b"kern", [0; 4]));
-        for address in [0x1000, (2 << 20) - 4, 2 << 20, above] {
-            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+    /// Empties pages that are in no file: blocks of so many bytes that are resident stay so, others are dropped. (What is not
+    /// resident may still hold something, in swap space.)
+    fn empty(&self, block: usize) -> Result<(), MemoryError> {
+        /// Pages that are asked for at once: 256 MiB.
+        const MOST: usize = 1 << 16;
+        for start in (0..self.len).step_by(MOST * PAGE) {
+            let part = self.sub(start, (self.len - start).min(MOST * PAGE));
+            let resident = part.resident()?;
+            let mut at = 0;
+            // Neighbours that are alike go together: long runs are written past the processor's caches.
+            for run in
+                resident.chunks(block / PAGE).map(is_whole).collect::<Vec<_>>().chunk_by(bool::eq)
+            {
+                let len = (run.len() * block).min(part.len - at);
+                let whole = part.sub(at, len);
+                match run[0] {
+                    // SAFETY: as in `drop_pages`.
+                    true => unsafe { whole.address().write_bytes(0, len) },
+                    false => whole.drop_pages()?,
+                }
+                at += len;
+            }
         }
-        memory.restore_below(2 << 20).unwrap();
-        assert_eq!((read(&memory, (2 << 20) - 4), &read(&memory, above)), ([0; 4], b"leak"));
-        memory.restore().unwrap();
-        assert_eq!(&read(&memory, 0x1000), b"kern");
-        assert_eq!((read(&memory, 2 << 20), read(&memory, above)), ([0; 4], [0; 4]));
-        let whole = Memory::map_below(&template, u64::MAX).unwrap();
-        assert_eq!((&read(&whole, 0x1000), read(&whole, above)), (b"kern", [0; 4]));
+        Ok(())
     }
 
-    #[test]
-    fn machines_of_one_template_do_not_see_each_other() {
-        let template = template_with(b"kern");
-        let (one, two) = (Memory::map(&template).unwrap(), Memory::map(&template).unwrap());
-        one.ram().write_slice(b"mine", GuestAddress(0x1000)).unwrap();
-        assert_eq!(&read(&two, 0x1000), b"kern");
+    fn starts_resident(&self) -> Result<bool, MemoryError> {
+        Ok(is_whole(&self.sub(0, PAGE).resident()?))
     }
 
-    #[test]
-    fn nobody_can_change_a_template() {
-        use std::os::unix::fs::FileExt;
-        let template = template_with(b"kern");
-        assert!(template.file.write_at(b"evil", 0x1000).is_err());
-        assert!(template.file.set_len(0).is_err());
-        assert!(map(&template.file, template.bytes, libc::MAP_SHARED).is_err());
+    /// Whether each page is resident, in the lowest bit of a byte (mincore(2)).
+    fn resident(&self) -> Result<Vec<u8>, MemoryError> {
+        let mut pages = vec![0; self.len / PAGE];
+        // SAFETY: the vector has a byte for each page of the part, which lies in the mapping that `region` owns.
+        if unsafe { libc::mincore(self.address(), self.len, pages.as_mut_ptr()) } != 0 {
+            return Err(MemoryError::Restore(io::Error::last_os_error()));
+        }
+        Ok(pages)
     }
 }
+
+fn is_whole(pages: &[u8]) -> bool {
+    pages.iter().all(|page| page & 1 != 0)
+}
+
+/// Where the last page of a file ends that holds anything; what is behind is a hole.
+fn contents_end(file: &File) -> io::Result<u64> {
+    let mut end = 0;
+    loop {
+        end = match rustix::fs::seek(file, SeekFrom::Data(end)) {
+            Ok(data) => rustix::fs::seek(file, SeekFrom::Hole(data))?,
+            // There is nothing behind.
+            Err(rustix::io::Errno::NXIO) => return Ok(end),
+            Err(errno) => return Err(errno.into()),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -7,17 +7,23 @@ pub mod bundle;
 pub mod campaign;
 pub mod figures;
 pub mod line;
+pub mod merge;
+pub mod plan;
 mod process;
 pub mod progress;
+pub mod record;
 pub mod report;
+mod slot;
 
-use crate::schedule::Random;
-
-/// The seed of a machine: from the soak's, its number, and how many processes it had before.
-pub fn seed_of(seed: u64, vm: u32, process: u32) -> u64 {
-    let place = (u64::from(vm) << 32) | u64::from(process);
-    // Numbers of this size are the same in every reader of JSON.
-    Random::new(seed ^ Random::new(place).number()).number() >> 11
+/// Where something happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The soak's seed.
+    pub seed: u64,
+    /// Which machine.
+    pub vm: u32,
+    /// Which of its processes; the first is 0.
+    pub process: u32,
 }
 
 /// Text of a machine's process or its guest, for terminals and pages: no control characters, no more than a screen of it.
@@ -29,18 +35,7 @@ pub fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-
-    #[test]
-    fn every_machine_and_process_has_a_seed_of_its_own() {
-        let places = (1..100).flat_map(|vm| (0..100).map(move |process| (vm, process)));
-        let seeds: BTreeSet<_> = places.map(|(vm, process)| seed_of(42, vm, process)).collect();
-        assert_eq!(seeds.len(), 99 * 100);
-        assert!(seeds.iter().all(|seed| *seed < 1 << 53));
-        assert_ne!(seed_of(1, 1, 0), seed_of(2, 1, 0));
-    }
 
     #[test]
     fn what_machines_say_cannot_steer_a_terminal() {

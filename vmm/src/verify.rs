@@ -4,9 +4,11 @@ mod dmesg;
 mod pmu;
 mod residue;
 
-use agent_protocol::{Cause, NmiRecord, Report};
+use agent_protocol::{Cause, CheckTicks, NmiRecord, Report};
 use serde::Serialize;
 
+use crate::device::virtio::audit::AuditMode;
+use crate::device::virtio::audit::log::Violation;
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 use crate::schedule::Moment;
@@ -32,6 +34,15 @@ pub struct Life {
     /// What became of the state that was poisoned before the reset, if it was.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub residue: Vec<Residue>,
+    /// How long the agent was busy with the residue check's look at everything, if it was asked for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub look_ticks: Option<CheckTicks>,
+    /// How long with poisoning everything before the reset, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poison_ticks: Option<CheckTicks>,
+    /// What the DMA audit found, if there was one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dma_audit: Vec<Violation>,
     /// Why there is no report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -93,6 +104,8 @@ pub struct Expectations {
     pub pmu: PmuPolicy,
     /// What runs the guest. A software KVM lets guests read the host's time stamp counter, so a reset cannot set it back.
     pub kvm: KvmKind,
+    /// Which of the DMA audit's violations are findings.
+    pub dma_audit: AuditMode,
 }
 
 impl Expectations {
@@ -136,6 +149,9 @@ impl Judge {
     }
 }
 
+/// The name of the DMA audit's findings.
+pub const DMA_AUDIT: &str = "dma-audit";
+
 /// The verdict on one life: a pure function of the expectations, the report before the reset and what came after it.
 fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -144,6 +160,11 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
         add(failure.kind.name(), failure.detail.clone());
     }
     residue::check(&life.residue, &mut add);
+    for violation in &life.dma_audit {
+        if expectations.dma_audit.forbids(violation.level) {
+            add(DMA_AUDIT, violation.to_string());
+        }
+    }
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
         if expectations.kvm != KvmKind::Software {

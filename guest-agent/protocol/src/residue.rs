@@ -13,6 +13,15 @@ pub struct StateReading {
     pub value: Option<u64>,
 }
 
+/// How long the agent was busy with a part of the check, in ticks of its time stamp counter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckTicks {
+    /// With everything but RAM.
+    pub state: u64,
+    /// With all pages of RAM.
+    pub ram: u64,
+}
+
 /// What became of one item that was to be poisoned.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Poisoning {
@@ -20,4 +29,6 @@ pub struct Poisoning {
     pub item: String,
     /// What it holds now, or why it could not be given a value.
     pub result: Result<u64, String>,
+    /// Whether it gets that value in the agent's last instructions alone, and not if the life ends before.
+    pub last: bool,
 }

@@ -19,27 +19,32 @@ const BATCH: usize = 8;
 
 /// The lower halves of the redirection entries of these pins: vector, mode and mask. None without an I/O APIC.
 pub fn redirections(pins: &[u8]) -> Vec<Option<u32>> {
-    let mut halves = Vec::new();
-    for pins in pins.chunks(BATCH) {
-        let read = |(select, window, entry)| [Access::write(select, entry), Access::read(window)];
-        let mut accesses: Vec<_> =
-            pins.iter().filter_map(|pin| entry(*pin)).flat_map(read).collect();
-        gate::access_registers(&mut accesses);
-        let read: Vec<_> = accesses.iter().skip(1).step_by(2).map(Access::value).collect();
-        halves.extend((0..pins.len()).map(|at| read.get(at).copied()));
-    }
-    halves
+    let read = |(select, window, entry)| [Access::write(select, entry), Access::read(window)];
+    with_last_values(pins, read)
 }
 
-/// Writes the lower halves of the redirection entries of these pins; `half` should mask them.
-pub fn set_redirections(pins: &[u8], half: u32) {
+/// Writes the lower halves of the redirection entries of these pins, and returns what they hold then; `half` should mask them.
+pub fn set_redirections(pins: &[u8], half: u32) -> Vec<Option<u32>> {
+    let write = |(select, window, entry)| {
+        [Access::write(select, entry), Access::write(window, half), Access::read(window)]
+    };
+    with_last_values(pins, write)
+}
+
+/// Makes the same accesses for each pin, and returns the value of each pin's last.
+fn with_last_values<const COUNT: usize>(
+    pins: &[u8],
+    accesses: impl Fn((RegisterAddress, RegisterAddress, u32)) -> [Access; COUNT],
+) -> Vec<Option<u32>> {
+    let mut values = Vec::new();
     for pins in pins.chunks(BATCH) {
-        let write =
-            |(select, window, entry)| [Access::write(select, entry), Access::write(window, half)];
-        let mut accesses: Vec<_> =
-            pins.iter().filter_map(|pin| entry(*pin)).flat_map(write).collect();
-        gate::access_registers(&mut accesses);
+        let mut batch: Vec<_> =
+            pins.iter().filter_map(|pin| entry(*pin)).flat_map(&accesses).collect();
+        gate::access_registers(&mut batch);
+        let last: Vec<_> = batch.chunks(COUNT).map(|one| one[COUNT - 1].value()).collect();
+        values.extend((0..pins.len()).map(|at| last.get(at).copied()));
     }
+    values
 }
 
 /// Addresses of the two registers, and the number of a pin's entry.

@@ -6,13 +6,13 @@ use alloc::vec::Vec;
 
 use agent::params::Params;
 use agent::residue;
-use agent_protocol::{Poisoning, StateReading};
+use agent_protocol::{CheckTicks, Poisoning, StateReading};
 
 use crate::arch::first_look;
 use crate::arch::fpu::{self, Extended, Fpu};
 use crate::arch::gate::{self, CpuMsrs, DebugRegisters, SystemRegisters};
 use crate::arch::leave::MARK;
-use crate::arch::ram;
+use crate::arch::{ram, tsc};
 use crate::dma::pools::EVENTS;
 use crate::io_apic;
 
@@ -33,8 +33,9 @@ const CR2_POISON: u64 = 0x1eaf_4000;
 
 /// What has a value at first that the agent did not give it. What the way here changes was saved before, and the agent uses
 /// nothing else of all this.
-/// `events` are those that the vsock device has sent.
-pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
+/// `has_avx` says whether the processor has XCR0 and YMM registers, `events` are those that the vsock device has sent.
+pub fn read(params: &Params, has_avx: bool, events: u64) -> (Vec<StateReading>, CheckTicks) {
+    let began = tsc::now();
     let mut readings = residue::read(&mut CpuMsrs);
     let mut add = |item: String, value| readings.push(StateReading { item, value });
     for (name, value) in first_look::GENERAL.into_iter().zip(first_look::general()) {
@@ -47,8 +48,10 @@ pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
     for (name, value) in fpu_items(&fpu::early()) {
         add(name, Some(value));
     }
-    for (name, value) in fpu::extended().iter().flat_map(extended_items) {
-        add(name, Some(value));
+    if has_avx {
+        extended_items(&fpu::extended())
+            .into_iter()
+            .for_each(|(name, value)| add(name, Some(value)));
     }
     for (name, value) in DEBUG_NAMES.into_iter().zip(gate::debug_registers()) {
         add(name.into(), Some(value));
@@ -58,39 +61,57 @@ pub fn read(params: &Params, events: u64) -> Vec<StateReading> {
         add(pin_name(*pin), half.map(u64::from));
     }
     add(EVENTS_NAME.into(), Some(events));
-    add(RAM_NAME.into(), Some(ram::dirty_pages()));
-    readings
+    let (dirty, ram) = timed(ram::dirty_pages);
+    add(RAM_NAME.into(), Some(dirty));
+    (readings, CheckTicks { state: tsc::now().wrapping_sub(began).wrapping_sub(ram), ram })
+}
+
+/// What an action returns, and how many ticks it took.
+fn timed<T>(action: impl FnOnce() -> T) -> (T, u64) {
+    let began = tsc::now();
+    let value = action();
+    (value, tsc::now().wrapping_sub(began))
+}
+
+/// Ends what a reset has left in service: no device could interrupt the agent otherwise, and nobody would hear of it.
+pub fn end_service() {
+    if first_look::something_is_in_service() {
+        residue::end_service(&mut CpuMsrs);
+    }
 }
 
 /// Gives everything another value than it has after a reset. What the agent itself needs gets it in [`last_poison`] and when
 /// it leaves, but is promised here.
-pub fn poison(params: &Params) -> Vec<Poisoning> {
+pub fn poison(params: &Params, has_avx: bool) -> (Vec<Poisoning>, CheckTicks) {
+    let began = tsc::now();
     gate::poison_system_registers(CR2_POISON);
-    let mut poisonings = residue::poison(ram::scratch(), &mut CpuMsrs);
-    let mut add = |item: String, result| poisonings.push(Poisoning { item, result });
+    let (mut poisonings, in_service) = residue::poison(ram::scratch(), &mut CpuMsrs);
+    let mut add = |item: String, result| {
+        let last = is_last(&item);
+        poisonings.push(Poisoning { item, result, last });
+    };
     for name in first_look::GENERAL {
         add(name.into(), Ok(mark_of(name)));
     }
     let looked = first_look::early().is_some();
-    let system = SystemRegisters::read();
+    let system = System::read();
     for name in first_look::EARLY {
         let held = match (looked, name) {
             (false, _) => Err("the command line does not begin with look=first".into()),
             (true, "seg.cs") => {
                 Err("the entry point has the selector of the agent's ring 0".into())
             }
-            (true, name) => Ok(live_value(name, &system)),
+            (true, residue::IN_SERVICE) => in_service.clone(),
+            (true, name) => Ok(system.value(name)),
         };
         add(name.into(), held);
     }
-    gate::set_debug_registers(&DEBUG_POISON);
-    let held = gate::debug_registers();
+    let held = gate::set_debug_registers(DEBUG_POISON);
     for ((name, poison), held) in DEBUG_NAMES.into_iter().zip(DEBUG_POISON).zip(held) {
         add(name.into(), held_or_not(poison, Some(held)));
     }
     let pins = free_pins(params);
-    io_apic::set_redirections(&pins, IO_APIC_POISON);
-    for (pin, half) in pins.iter().zip(io_apic::redirections(&pins)) {
+    for (pin, half) in pins.iter().zip(io_apic::set_redirections(&pins, IO_APIC_POISON)) {
         add(pin_name(*pin), held_or_not(IO_APIC_POISON.into(), half.map(u64::from)));
     }
     for pin in params.devices().map(|device| device.irq) {
@@ -98,21 +119,28 @@ pub fn poison(params: &Params) -> Vec<Poisoning> {
     }
     // Buffers that wait for the device: a reset has to let go of them, or they are filled in the next life.
     add(EVENTS_NAME.into(), Ok(EVENTS as u64));
-    let stamped = ram::stamp();
-    add(RAM_NAME.into(), held_or_not(stamped.max(1), Some(ram::dirty_pages())));
+    let ((stamped, dirty), ram) = timed(|| (ram::stamp(), ram::dirty_pages()));
+    add(RAM_NAME.into(), held_or_not(stamped.max(1), Some(dirty)));
     if ram::reaches_beyond_map() {
         add(RAM_BEYOND_NAME.into(), Err("the agent maps 1 GiB of RAM".into()));
     }
-    match fpu::poison_extended() {
-        Some(extended) => {
-            extended_items(&extended).into_iter().for_each(|(name, value)| add(name, Ok(value)));
-        }
-        None => add("fpu.xcr0_bytes".into(), Err("the processor has no AVX".into())),
+    if has_avx {
+        extended_items(&fpu::poison_extended())
+            .into_iter()
+            .for_each(|(name, value)| add(name, Ok(value)));
+    } else {
+        add("fpu.xcr0_bytes".into(), Err("the processor has no AVX".into()));
     }
     for (name, value) in fpu_items(&fpu::poison()) {
         add(name, Ok(value));
     }
-    poisonings
+    (poisonings, CheckTicks { state: tsc::now().wrapping_sub(began).wrapping_sub(ram), ram })
+}
+
+/// Whether an item gets its value in [`last_poison`] or in leave.s.
+fn is_last(item: &str) -> bool {
+    let number = item.strip_prefix("fpu.xmm").and_then(|number| number.parse().ok());
+    item.starts_with("reg.") || item == residue::IN_SERVICE || number.is_some_and(|n: u8| n < 8)
 }
 
 /// What would disturb the agent if it was done earlier: an interrupt that stays in service.
@@ -136,32 +164,49 @@ fn mark_of(name: &str) -> u64 {
     MARK + number
 }
 
-/// What a register of [`first_look::EARLY`] holds from now on, most of them because the agent runs with that.
-fn live_value(name: &str, system: &SystemRegisters) -> u64 {
-    /// Of ring 3; ring 0 has none.
-    const USER_DATA: u64 = 0x2b;
-    const X2APIC_BASE: u32 = 0x1b;
-    const EFER: u32 = 0xc000_0080;
-    const SPURIOUS_VECTOR: u32 = 0x80f;
-    let msr = |index| residue::read_one(index, &mut CpuMsrs).unwrap_or(0);
-    match name {
-        "seg.ss" => USER_DATA,
-        "seg.ds" => system.data[0].into(),
-        "seg.es" => system.data[1].into(),
-        "seg.fs" => system.data[2].into(),
-        "seg.gs" => system.data[3].into(),
-        "seg.ldtr" => system.local_table.into(),
-        "seg.tr" => system.task.into(),
-        "seg.gdt_base" => system.global_table(),
-        "seg.idt_base" => system.interrupt_table(),
-        "cr.cr0" => system.control[0],
-        "cr.cr2" => system.control[1],
-        "cr.cr3" => system.control[2],
-        "cr.cr4" => system.control[3],
-        "cr.efer" => msr(EFER),
-        "lapic.base" => msr(X2APIC_BASE),
-        "lapic.spurious_vector" => msr(SPURIOUS_VECTOR),
-        general => mark_of(general) & 0xffff_ffff,
+/// Registers of [`first_look::EARLY`] that are as they will be in the end, most of them because the agent runs with that.
+struct System {
+    registers: SystemRegisters,
+    efer: u64,
+    apic_base: u64,
+    spurious_vector: u64,
+}
+
+impl System {
+    fn read() -> Self {
+        const X2APIC_BASE: u32 = 0x1b;
+        const EFER: u32 = 0xc000_0080;
+        const SPURIOUS_VECTOR: u32 = 0x80f;
+        let indices = [EFER, X2APIC_BASE, SPURIOUS_VECTOR];
+        let [efer, apic_base, spurious_vector] =
+            residue::read_some(indices, &mut CpuMsrs).map(Option::unwrap_or_default);
+        Self { registers: SystemRegisters::read(), efer, apic_base, spurious_vector }
+    }
+
+    /// What the register holds in the end.
+    fn value(&self, name: &str) -> u64 {
+        /// Of ring 3; ring 0 has none.
+        const USER_DATA: u64 = 0x2b;
+        let Self { registers, .. } = self;
+        match name {
+            "seg.ss" => USER_DATA,
+            "seg.ds" => registers.data[0].into(),
+            "seg.es" => registers.data[1].into(),
+            "seg.fs" => registers.data[2].into(),
+            "seg.gs" => registers.data[3].into(),
+            "seg.ldtr" => registers.local_table.into(),
+            "seg.tr" => registers.task.into(),
+            "seg.gdt_base" => registers.global_table(),
+            "seg.idt_base" => registers.interrupt_table(),
+            "cr.cr0" => registers.control[0],
+            "cr.cr2" => registers.control[1],
+            "cr.cr3" => registers.control[2],
+            "cr.cr4" => registers.control[3],
+            "cr.efer" => self.efer,
+            "lapic.base" => self.apic_base,
+            "lapic.spurious_vector" => self.spurious_vector,
+            general => mark_of(general) & 0xffff_ffff,
+        }
     }
 }
 

@@ -60,6 +60,21 @@ pub trait Msrs {
     /// Carries out the operations in order; a fault marks its operation and the rest go on.
     fn run(&mut self, operations: &mut [MsrOperation]);
 
+    /// Carries out operations that are all reads.
+    fn read(&mut self, operations: &mut [MsrOperation]) {
+        self.run(operations);
+    }
+
+    /// Carries out operations that are all writes, each followed by a read: they have the values that the registers hold then.
+    fn write_and_read(&mut self, operations: &mut [MsrOperation]) {
+        for write in operations {
+            self.run(core::slice::from_mut(write));
+            let mut read = [MsrOperation::read(write.index)];
+            self.run(&mut read);
+            (write.value, write.faulted) = (read[0].value, write.faulted | read[0].faulted);
+        }
+    }
+
     /// Lets some tens of thousands of cycles pass in ring 3.
     fn spin(&mut self);
 }
@@ -74,7 +89,7 @@ pub fn check(cpuid: PmuCpuid, msrs: &mut impl Msrs) -> (PmuReport, Lines) {
         Err(reason) => return no_driver(cpuid, reason),
     };
     let mut found: Vec<_> = counters.registers().map(MsrOperation::read).collect();
-    msrs.run(&mut found);
+    msrs.read(&mut found);
     let check = Check { cpuid, counters, found };
     let (status, lines) = check.conclude(msrs);
     (PmuReport { status, cpuid, msrs: check.readings() }, lines)

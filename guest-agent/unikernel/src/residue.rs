@@ -25,7 +25,7 @@ const fn register(name: &'static str, index: u32, poison: u64) -> Register {
 /// Registers that the agent itself does not use, with values that leave it unharmed: addresses of nothing, memory types
 /// that are WB anyway, interrupts that are masked (AMD APM volume 2, appendix A; Intel SDM volume 4; for the local APIC in
 /// x2APIC mode Intel SDM volume 3, table "Local APIC Register Address Map Supported by x2APIC").
-const REGISTERS: [Register; 46] = [
+const REGISTERS: [Register; 44] = [
     register("msr.sysenter_cs", 0x174, 0x1ea8),
     register("msr.sysenter_esp", 0x175, MARK),
     register("msr.sysenter_eip", 0x176, MARK),
@@ -58,7 +58,8 @@ const REGISTERS: [Register; 46] = [
     register("lapic.tpr", 0x808, 0x20),
     register("lapic.lvt_thermal", 0x833, 0x100f1),
     register("lapic.lvt_lint0", 0x835, 0x100f2),
-    register("lapic.lvt_lint1", 0x836, 0x10400),
+    // NMIs, as at power-on, but active low.
+    register("lapic.lvt_lint1", 0x836, 0x2400),
     register("lapic.lvt_error", 0x837, 0x100f3),
     // Periodic, and masked; the count is a second away from its end at least.
     register("lapic.timer_lvt", 0x832, 0x300f4),
@@ -75,40 +76,32 @@ const REGISTERS: [Register; 46] = [
     register("pv.async_pf_interrupt", 0x4b56_4d06, 0xf5),
     // With the priority above it stays requested: vector 33, sent to itself.
     register("lapic.icr", X2APIC_ICR, 0x4_4021),
-    // Only looked at: these show the request, and the vector in service that `keep_in_service` sends.
-    register(REQUESTED, X2APIC_IRR_1, 1 << 1),
-    register(IN_SERVICE, X2APIC_ISR_1, 1 << 16),
 ];
 
 const X2APIC_EOI: u32 = 0x80b;
-const X2APIC_ISR_1: u32 = 0x811;
-const X2APIC_ICR: u32 = 0x830;
+const X2APIC_ISR_3: u32 = 0x813;
 const X2APIC_IRR_1: u32 = 0x821;
-const REQUESTED: &str = "lapic.irr1";
-const IN_SERVICE: &str = "lapic.isr1";
+const X2APIC_ICR: u32 = 0x830;
 
-/// Has vector 48 be in service from now on. Returns whether it is.
-pub fn keep_in_service(msrs: &mut impl Msrs) -> bool {
-    /// Fixed, to itself; its priority is above that of [`REGISTERS`].
-    const VECTOR_48: u64 = 0x4_4030;
-    let mut send = [MsrOperation::write(X2APIC_ICR, VECTOR_48)];
-    msrs.run(&mut send);
-    let mut look = [MsrOperation::read(X2APIC_ISR_1)];
-    msrs.run(&mut look);
-    look[0].result().is_some_and(|bits| bits & 1 << 16 != 0)
+/// Shows the request of the last of [`REGISTERS`], among others.
+const REQUESTED: &str = "lapic.irr1";
+const REQUEST: u64 = 1 << 1;
+
+/// To be read as early as an interrupt could be ended.
+pub const IN_SERVICE: &str = "lapic.isr3";
+/// What it shows of [`keep_in_service`].
+const SERVICE: u64 = 1 << 1;
+/// Vector 97, fixed, to itself; its priority is above that of [`REGISTERS`] and of devices.
+const SERVED_VECTOR: u64 = 0x4_4061;
+
+/// Has a vector be in service from now on: nothing of less priority interrupts the agent any more.
+pub fn keep_in_service(msrs: &mut impl Msrs) {
+    msrs.run(&mut [MsrOperation::write(X2APIC_ICR, SERVED_VECTOR)]);
 }
 
-/// Tries that, and undoes it: until the last moment the agent wants to be interrupted, and ends interrupts of its own.
-fn try_in_service(msrs: &mut impl Msrs) -> Result<u64, String> {
-    let kept = keep_in_service(msrs);
-    if kept {
-        msrs.run(&mut [MsrOperation::write(X2APIC_EOI, 0)]);
-    }
-    // What is requested is shown by its own item, with the command that requests it.
-    match kept {
-        true => Ok(1 << 16),
-        false => Err("vector 48 does not stay in service on this local APIC".into()),
-    }
+/// Ends it, and a device's interrupt that was in service before.
+pub fn end_service(msrs: &mut impl Msrs) {
+    msrs.run(&mut [MsrOperation::write(X2APIC_EOI, 0), MsrOperation::write(X2APIC_EOI, 0)]);
 }
 
 impl Register {
@@ -124,51 +117,65 @@ impl Register {
 /// Bytes that the structures take which KVM writes, aligned to 64.
 pub const SCRATCH_BYTES: usize = 5 * 64;
 
-/// Reads any register.
-pub fn read_one(index: u32, msrs: &mut impl Msrs) -> Option<u64> {
-    let mut operation = [MsrOperation::read(index)];
-    msrs.run(&mut operation);
-    operation[0].result()
+/// Reads any registers.
+pub fn read_some<const COUNT: usize>(
+    indices: [u32; COUNT],
+    msrs: &mut impl Msrs,
+) -> [Option<u64>; COUNT] {
+    let mut reads = indices.map(MsrOperation::read);
+    msrs.read(&mut reads);
+    reads.map(|read| read.result())
 }
 
 /// Reads every register.
 pub fn read(msrs: &mut impl Msrs) -> Vec<StateReading> {
-    let mut reads: Vec<_> = REGISTERS.iter().map(|r| MsrOperation::read(r.index)).collect();
-    msrs.run(&mut reads);
-    let reading = |(register, read): (&Register, &MsrOperation)| StateReading {
-        item: register.name.into(),
+    let indices = REGISTERS.iter().map(|register| register.index).chain([X2APIC_IRR_1]);
+    let mut reads: Vec<_> = indices.map(MsrOperation::read).collect();
+    msrs.read(&mut reads);
+    let names = REGISTERS.iter().map(|register| register.name).chain([REQUESTED]);
+    let reading = |(name, read): (&str, &MsrOperation)| StateReading {
+        item: name.into(),
         value: read.result(),
     };
-    REGISTERS.iter().zip(&reads).map(reading).collect()
+    names.zip(&reads).map(reading).collect()
 }
 
-/// Poisons every register; `scratch` is the address of [`SCRATCH_BYTES`] that nobody uses, in this life or the next.
-pub fn poison(scratch: u64, msrs: &mut impl Msrs) -> Vec<Poisoning> {
-    let value = |register: &Register| register.poison(scratch);
-    let in_service = try_in_service(msrs);
-    let operation = |r: &Register| match r.name {
-        REQUESTED | IN_SERVICE => MsrOperation::read(r.index),
-        _ => MsrOperation::write(r.index, value(r)),
+/// Poisons every register; `scratch` is the address of [`SCRATCH_BYTES`] that nobody uses, in this life or the next. Also tells
+/// what becomes of [`IN_SERVICE`] at the end of this life.
+pub fn poison(scratch: u64, msrs: &mut impl Msrs) -> (Vec<Poisoning>, Result<u64, String>) {
+    // What `keep_in_service` does is tried and undone: until the last moment the agent wants to be interrupted. If that vector
+    // does not stay in service, the end is another interrupt's, which only comes sooner again.
+    let mut writes = alloc::vec![MsrOperation::write(X2APIC_ICR, SERVED_VECTOR)];
+    writes.extend(REGISTERS.iter().map(|r| MsrOperation::write(r.index, r.poison(scratch))));
+    msrs.write_and_read(&mut writes);
+    let mut shown = [
+        MsrOperation::read(X2APIC_IRR_1),
+        MsrOperation::read(X2APIC_ISR_3),
+        MsrOperation::write(X2APIC_EOI, 0),
+    ];
+    msrs.run(&mut shown);
+    let result = |(register, held): (&Register, &MsrOperation)| Poisoning {
+        item: register.name.into(),
+        last: false,
+        result: match (held.result(), register.poison(scratch)) {
+            (None, _) => Err(String::from("the access faults")),
+            (Some(held), poison) if held == poison => Ok(held),
+            (Some(held), poison) => Err(format!("it holds {held:#x} after a write of {poison:#x}")),
+        },
     };
-    let mut writes: Vec<_> = REGISTERS.iter().map(operation).collect();
-    msrs.run(&mut writes);
-    let held = read(msrs);
-    let result =
-        |(register, (write, held)): (&Register, (&MsrOperation, StateReading))| Poisoning {
-            item: register.name.into(),
-            result: match held.value {
-                _ if register.name == IN_SERVICE => in_service.clone(),
-                _ if write.faulted != 0 => Err(String::from("the write faults")),
-                // Other vectors of the same word belong to the machine.
-                Some(held) if register.name == REQUESTED && held & value(register) != 0 => Ok(held),
-                Some(held) if held == value(register) => Ok(held),
-                Some(held) => {
-                    Err(format!("it holds {held:#x} after a write of {:#x}", value(register)))
-                }
-                None => Err(String::from("the read faults")),
-            },
-        };
-    REGISTERS.iter().zip(writes.iter().zip(held)).map(result).collect()
+    let mut poisonings: Vec<_> = REGISTERS.iter().zip(&writes[1..]).map(result).collect();
+    // Other vectors of the same word belong to the machine.
+    let with = |shown: &MsrOperation, bit| shown.result().filter(|bits| bits & bit != 0);
+    poisonings.push(Poisoning {
+        item: REQUESTED.into(),
+        last: false,
+        result: with(&shown[0], REQUEST).ok_or_else(|| "vector 33 does not stay requested".into()),
+    });
+    let in_service = with(&shown[1], SERVICE).map(|_| SERVICE);
+    (
+        poisonings,
+        in_service.ok_or_else(|| "vector 97 does not stay in service on this local APIC".into()),
+    )
 }
 
 #[cfg(test)]
@@ -192,12 +199,12 @@ mod tests {
                     (X2APIC_ICR, 1) => {
                         // Requested below the priority, else in service at once.
                         let vector = operation.value & 0xff;
-                        let word = if vector < 48 { X2APIC_IRR_1 } else { X2APIC_ISR_1 };
+                        let word = if vector < 48 { X2APIC_IRR_1 } else { X2APIC_ISR_3 };
                         *self.0.entry(word).or_default() |= 1 << (vector % 32);
                         self.0.insert(X2APIC_ICR, operation.value);
                     }
                     (X2APIC_EOI, 1) => {
-                        self.0.remove(&X2APIC_ISR_1);
+                        self.0.remove(&X2APIC_ISR_3);
                     }
                     (index, 0) => operation.value = self.0.get(&index).copied().unwrap_or(0),
                     (HOLDS_NOTHING, _) => {}
@@ -214,16 +221,16 @@ mod tests {
     #[test]
     fn every_register_is_poisoned_or_it_is_said_why_not() {
         let mut msrs = FakeMsrs::default();
-        let poisoned = poison(0x20_0000, &mut msrs);
+        let (poisoned, in_service) = poison(0x20_0000, &mut msrs);
+        assert_eq!(in_service, Ok(SERVICE));
+        assert!(!msrs.0.contains_key(&X2APIC_ISR_3), "ended until the last moment");
+        let (requested, poisoned) = poisoned.split_last().unwrap();
+        assert_eq!((requested.item.as_str(), &requested.result), (REQUESTED, &Ok(REQUEST)));
         assert_eq!(poisoned.len(), REGISTERS.len());
-        for (register, Poisoning { item, result }) in REGISTERS.iter().zip(&poisoned) {
+        for (register, Poisoning { item, result, .. }) in REGISTERS.iter().zip(poisoned) {
             assert_eq!(register.name, item);
             match register.index {
-                FAULTS => assert_eq!(result.as_ref().unwrap_err(), "the write faults"),
-                X2APIC_ISR_1 => {
-                    assert_eq!(result, &Ok(1 << 16));
-                    assert!(!msrs.0.contains_key(&X2APIC_ISR_1), "ended until the last moment");
-                }
+                FAULTS => assert_eq!(result.as_ref().unwrap_err(), "the access faults"),
                 HOLDS_NOTHING => assert!(result.as_ref().unwrap_err().contains("it holds 0x0")),
                 index => assert_eq!(result.as_ref().unwrap(), &msrs.0[&index]),
             }
@@ -233,17 +240,19 @@ mod tests {
     #[test]
     fn what_was_poisoned_is_read_back_under_the_same_name() {
         let mut msrs = FakeMsrs::default();
-        let poisoned = poison(0x20_0000, &mut msrs);
+        let (poisoned, _) = poison(0x20_0000, &mut msrs);
         let readings = read(&mut msrs);
+        assert_eq!(readings.len(), poisoned.len());
         for (reading, poisoning) in readings.iter().zip(&poisoned) {
             assert_eq!(reading.item, poisoning.item);
-            if reading.item == IN_SERVICE {
-                assert_eq!(reading.value, Some(0));
-                assert!(keep_in_service(&mut msrs));
-            } else if let Ok(value) = poisoning.result {
+            if let Ok(value) = poisoning.result {
                 assert_eq!(reading.value, Some(value), "{}", reading.item);
             }
         }
+        keep_in_service(&mut msrs);
+        assert_eq!(read_some([X2APIC_ISR_3], &mut msrs), [Some(SERVICE)]);
+        end_service(&mut msrs);
+        assert_eq!(read_some([X2APIC_ISR_3], &mut msrs), [Some(0)]);
     }
 
     #[test]

@@ -197,7 +197,7 @@ fn end_by_signal(flags: &[&str], signal: Signal) -> Option<i32> {
 }
 
 fn a_signal_ends_a_command_that_does_not_catch_it() {
-    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::USR1] {
         assert_eq!(end_by_signal(&[], signal), Some(128 + signal.as_raw()));
         // The kernel would have kept it from the first process of the namespace.
         assert_eq!(end_by_signal(&["--new-pid-ns"], signal), Some(128 + 9));

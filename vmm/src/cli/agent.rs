@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::{Error, exit};
+use super::Error;
+use crate::exit;
 
 /// Get the guest agent out of this program
 #[derive(Debug, Args)]

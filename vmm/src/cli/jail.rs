@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use jailer::cgroup::Setting;
 use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, Root, User};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
 use crate::device::block::WORKERS;
@@ -79,31 +80,31 @@ pub(super) enum EndError {
 
 impl Arguments {
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
-    /// here. Returns what `work` does, as the exit status.
+    /// here. Returns what `work` does, as the exit status. `notice` says what the user should know before.
     pub fn run(
         &self,
         config: Config,
+        notice: impl Fn(&str),
         work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
     ) -> Result<u8, Error> {
         if self.no_jail {
-            eprintln!(
-                "cleanslate: --no-jail: the machine runs in this process, with all its rights"
-            );
+            notice("--no-jail: the machine runs in this process, with all its rights");
+            allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
-            let interrupts = Interrupts::catch()?;
-            let (resources, _socket_file) = Resources::open(&config)?;
+            let interrupts = Interrupts::catch()?.and_transport_resets()?;
+            let (resources, _socket_files) = Resources::open(&config)?;
             return work(&config, resources, interrupts);
         }
         let config = Config { seccomp: true, ..config };
         let mut prepared = self.jail(&config)?.prepare()?;
-        let (resources, _socket_file) = open(&config, prepared.janitor())?;
+        let (resources, _socket_files) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
-            eprintln!("cleanslate: the jail is weaker than it should be: {lack}");
+            notice(&format!("the jail is weaker than it should be: {lack}"));
         }
         let end = prepared.run(resources, Resources::descriptors, |resources, entered| {
             let work = || -> Result<u8, Error> {
                 let inside = entered?;
-                let interrupts = Interrupts::catch()?;
+                let interrupts = Interrupts::catch()?.and_transport_resets()?;
                 inside.let_signals_come();
                 jailer::seccomp::catch_violations(inside.report)
                     .map_err(MachineError::host("catch forbidden system calls"))?;
@@ -156,18 +157,32 @@ impl Arguments {
     }
 }
 
-/// Opens what `config` names. The janitor removes the socket's file, whoever is killed.
+/// Lets this process have as many descriptors as one in a jail, or as many as it may.
+fn allow_descriptors() -> rustix::io::Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
+    match current {
+        Some(current) if current < wanted => {
+            setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens what `config` names. The janitor removes the sockets' files, whoever is killed.
 fn open(
     config: &Config,
     janitor: &mut Janitor,
-) -> Result<(Resources, Option<SocketFile>), MachineError> {
-    let path = config.vsock_path.as_deref();
-    path.iter().for_each(|path| janitor.remove_socket(path));
+) -> Result<(Resources, Vec<SocketFile>), MachineError> {
+    let paths = [&config.vsock_path, &config.vsock_messages_path].into_iter().flatten();
+    paths.clone().for_each(|path| janitor.remove_socket(path));
     let opened = Resources::open(config);
     match &opened {
-        Ok((_, Some(file))) => janitor.identify_socket(file.path(), file.identity()),
-        // What is at the path is somebody else's.
-        _ => path.iter().for_each(|path| janitor.forget(path)),
+        Ok((_, files)) => {
+            files.iter().for_each(|file| janitor.identify_socket(file.path(), file.identity()));
+        }
+        // What is at the paths is somebody else's, and what was made is gone again.
+        Err(_) => paths.for_each(|path| janitor.forget(path)),
     }
     opened
 }

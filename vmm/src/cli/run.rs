@@ -12,11 +12,13 @@ use agent_protocol::Cause;
 use clap::Args;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
-use super::{Error, exit, jail};
+use super::{Error, jail};
 use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::AuditMode;
+use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan};
@@ -42,6 +44,8 @@ Exit status:
   4    with --kernel: triple fault beyond --resets
   5    with --kernel: KVM cannot run the guest any further
   130  interrupted
+
+SIGUSR1 ends all vsock connections and tells the guest so (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 
 Examples:
   cleanslate run --resets 3
@@ -108,6 +112,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
+    /// Boot this image of the agent instead of the embedded one: anything that speaks its protocol
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    agent: Option<PathBuf>,
+
     /// Initial RAM disk for the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
@@ -121,6 +129,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
     /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
     #[arg(long, value_name = "PATH[,ro]")]
     disk: Vec<DiskConfig>,
@@ -132,6 +145,10 @@ pub(super) struct Arguments {
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
+
+    /// Look at every buffer that the guest posts on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
 
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
     #[arg(long, requires = "uds", conflicts_with = "kernel")]
@@ -192,7 +209,7 @@ impl Arguments {
                 ResetPolicy::Limited(self.resets),
                 ConsoleOutput::Stdout,
             ),
-            None => (Payload::Agent, ResetPolicy::InPlace, ConsoleOutput::Kept),
+            None => (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept),
         };
         Ok(Config {
             payload,
@@ -209,7 +226,9 @@ impl Arguments {
             vsock_path: self.uds.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
+            vsock_messages_path: self.uds_seqpacket.clone(),
             dma_platform: self.dma_platform,
+            dma_audit: self.dma_audit,
             // The jail knows.
             seccomp: false,
         })
@@ -258,9 +277,14 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
     if let Some(parent) = arguments.child_of {
         die_with(parent)?;
     }
-    let result = arguments.jail.run(arguments.config()?, |config, resources, interrupts| {
-        lead(&arguments, config, resources, interrupts, started)
-    });
+    let notice = |text: &str| match arguments.json_lines {
+        true => lines::notice(text),
+        false => eprintln!("cleanslate: {text}"),
+    };
+    let result =
+        arguments.jail.run(arguments.config()?, notice, |config, resources, interrupts| {
+            lead(&arguments, config, resources, interrupts, started)
+        });
     if arguments.json_lines
         && let Err(error) = &result
     {
@@ -290,7 +314,7 @@ fn lead(
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
     if arguments.kernel.is_some() {
-        return guest::follow(&machine);
+        return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
         resets: arguments.resets,
@@ -301,7 +325,11 @@ fn lead(
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let expectations = Expectations { pmu: arguments.pmu, kvm: machine.kvm_kind() };
+    let expectations = Expectations {
+        pmu: arguments.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: arguments.dma_audit,
+    };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,

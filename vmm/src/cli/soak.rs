@@ -2,24 +2,26 @@
 
 mod output;
 
-use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
 use clap::{Args, Parser, ValueEnum};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::run::{self, parse_cause};
-use super::{Error, exit};
+use super::{Error, reports};
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::Fault;
 use crate::kvm::pmu::PmuPolicy;
 use crate::machine::Interrupts;
 use crate::schedule::Moment;
 use crate::soak::bundle::Bundles;
-use crate::soak::campaign::{self, Plan};
-use output::{Files, Output};
+use crate::soak::campaign;
+use crate::soak::plan::{Jails, Plan, Who};
+use output::Output;
 
 /// Reset many machines at random moments, and collect what is found
 ///
@@ -92,6 +94,10 @@ pub(super) struct Arguments {
     #[arg(long, value_enum, value_name = "FAULT")]
     inject: Vec<Fault>,
 
+    /// Look at every buffer that the guests post on virtio queues
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    dma_audit: AuditMode,
+
     /// RAM of each machine in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     mem: u64,
@@ -112,33 +118,88 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
 
-    /// Write a report for test runners in JUnit's format
-    #[arg(long, value_name = "FILE")]
-    junit: Option<PathBuf>,
+    #[command(flatten)]
+    reports: reports::Arguments,
 
-    /// Write a page with plots for a browser
-    #[arg(long, value_name = "FILE")]
-    html: Option<PathBuf>,
+    #[command(flatten)]
+    jail: JailArguments,
+}
+
+/// Options of `run` for all jails at once.
+#[derive(Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Jail")]
+struct JailArguments {
+    /// Begin the jails' names with this; the machine's number follows [default: made of the processes' numbers]
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+
+    /// User of the jailed processes: a name, a number, or +NUMBER, from which each machine has one of its own [default: nobody]
+    #[arg(long, value_name = "USER")]
+    uid: Option<String>,
+
+    /// Group of the jailed processes, in the same way [default: the user's]
+    #[arg(long, value_name = "GROUP", requires = "uid")]
+    gid: Option<String>,
+
+    /// Join this network namespace instead of new, empty ones
+    #[arg(long, value_name = "PATH")]
+    netns: Option<String>,
 
     /// Write VALUE to FILE of each jail's control group, such as cpuset.cpus=0; may be repeated
-    #[arg(long, value_name = "FILE=VALUE", help_heading = "Jail")]
+    #[arg(long, value_name = "FILE=VALUE")]
     cgroup: Vec<String>,
 
     /// Make the control groups in this one, a path below each hierarchy's top [default: the one that this process is in]
-    #[arg(long, value_name = "PATH", help_heading = "Jail")]
+    #[arg(long, value_name = "PATH")]
     parent_cgroup: Option<String>,
 
+    /// Limit a resource of each machine's process: no-file=NUMBER or fsize=BYTES; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    resource_limit: Vec<String>,
+
     /// Run the machines in processes with all rights of this one: no namespaces, limits or system call filters
-    #[arg(long, help_heading = "Jail")]
+    #[arg(long)]
     no_jail: bool,
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("write {path:?}")]
-struct FileError {
-    path: PathBuf,
-    source: std::io::Error,
+impl JailArguments {
+    fn jails(&self) -> Jails {
+        let mut arguments = Vec::new();
+        let mut add = |option: &str, value: &String| {
+            arguments.extend([option.into(), value.clone()]);
+        };
+        self.netns.iter().for_each(|path| add("--netns", path));
+        self.cgroup.iter().for_each(|setting| add("--cgroup", setting));
+        self.parent_cgroup.iter().for_each(|path| add("--parent-cgroup", path));
+        self.resource_limit.iter().for_each(|limit| add("--resource-limit", limit));
+        if self.no_jail {
+            arguments.push("--no-jail".into());
+        }
+        let who = |word: &Option<String>| word.as_deref().map(Who::new);
+        Jails { id: self.id.clone(), user: who(&self.uid), group: who(&self.gid), arguments }
+    }
 }
+
+/// A soak that cannot be.
+#[derive(Debug, thiserror::Error)]
+enum SoakError {
+    #[error(
+        "--vms {vms} with --poison fill {needed_mib} MiB of RAM, and this host has {available_mib} MiB to spare: fewer machines, \
+         less --mem, or --no-poison"
+    )]
+    Memory { vms: u32, needed_mib: u64, available_mib: u64 },
+    #[error("--{option} {start} leaves no numbers for --vms {vms}")]
+    Users { option: &'static str, start: String, vms: u32 },
+    #[error("--vms {vms} from --first-vm {first} are beyond the highest number, {MOST_VM}")]
+    Numbers { vms: u32, first: u32 },
+}
+
+/// The highest number of a machine.
+const MOST_VM: u32 = 1 << 30;
+
+/// How much of its RAM a poisoned machine fills, at most.
+const POISONED_MIB: u64 = 1024;
 
 fn parse_duration(word: &str) -> Result<Duration, String> {
     let split = word.find(|c: char| !c.is_ascii_digit()).unwrap_or(word.len());
@@ -185,11 +246,37 @@ impl Arguments {
             seed: self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) >> 32),
             silence: Duration::from_secs(self.timeout) * ANSWERS_PER_LIFE,
             arguments: self.arguments_of_run(),
+            jails: self.jail.jails(),
         };
-        let sample = plan.replay(plan.first_vm, 0, 1);
-        let parsed = Run::try_parse_from(&sample[1..]).map_err(super::in_one_line)?;
-        parsed.arguments.config()?;
+        let last = plan.first_vm + (plan.vms - 1);
+        if last > MOST_VM {
+            return Err(SoakError::Numbers { vms: plan.vms, first: plan.first_vm }.into());
+        }
+        let Jails { user, group, .. } = &plan.jails;
+        for (option, who, start) in [("uid", user, &self.jail.uid), ("gid", group, &self.jail.gid)]
+        {
+            if who.as_ref().is_some_and(|who| !who.has_enough_for(plan.vms)) {
+                let start = start.clone().unwrap_or_default();
+                return Err(SoakError::Users { option, start, vms: plan.vms }.into());
+            }
+        }
+        for vm in [plan.first_vm, last] {
+            let sample = plan.replay(vm, 0, 1);
+            let parsed = Run::try_parse_from(&sample[1..]).map_err(super::in_one_line)?;
+            parsed.arguments.config()?;
+        }
+        // A host that does not say is believed to have enough.
+        self.check_memory(available_mib().unwrap_or(u64::MAX))?;
         Ok(plan)
+    }
+
+    /// Whether all machines fit into a host with so much to spare: if not, it would kill processes, and maybe others than ours.
+    fn check_memory(&self, available_mib: u64) -> Result<(), SoakError> {
+        let needed_mib = u64::from(self.vms) * self.mem.min(POISONED_MIB);
+        match !self.no_poison && needed_mib > available_mib {
+            true => Err(SoakError::Memory { vms: self.vms, needed_mib, available_mib }),
+            false => Ok(()),
+        }
     }
 
     fn arguments_of_run(&self) -> Vec<String> {
@@ -208,10 +295,14 @@ impl Arguments {
         if !self.no_poison {
             add("--poison", "");
         }
+        // No value is hidden from the command line.
         if self.pmu != PmuPolicy::default() {
-            // No value is hidden from the command line.
             let value = self.pmu.to_possible_value();
             value.iter().for_each(|value| add("--pmu", value.get_name()));
+        }
+        if self.dma_audit != AuditMode::default() {
+            let value = self.dma_audit.to_possible_value();
+            value.iter().for_each(|value| add("--dma-audit", value.get_name()));
         }
         for (option, value) in
             [("--pmu-version", self.pmu_version), ("--pmu-counters", self.pmu_counters)]
@@ -222,51 +313,63 @@ impl Arguments {
         add("--mem", &self.mem.to_string());
         add("--vcpus", &self.vcpus.to_string());
         add("--timeout", &self.timeout.to_string());
-        self.cgroup.iter().for_each(|setting| add("--cgroup", setting));
-        self.parent_cgroup.iter().for_each(|path| add("--parent-cgroup", path));
-        if self.no_jail {
-            add("--no-jail", "");
-        }
         words
     }
+}
+
+/// Memory that the host can give away, in MiB; none if it does not say.
+fn available_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    Some((kib("MemAvailable:")? + kib("SwapFree:").unwrap_or(0)) / 1024)
+}
+
+/// Each machine's process takes three descriptors: as many as may be.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    // What does not work shows when there are too few.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
     let plan = arguments.plan()?;
     let bundles = Bundles::new(arguments.bundle.as_deref(), plan.seed)?;
-    // Tried now, so that they do not fail after hours.
-    let files = Files { junit: create(&arguments.junit)?, html: create(&arguments.html)? };
+    let files = arguments.reports.open()?;
     let interrupts = Interrupts::catch()?;
+    allow_descriptors();
     let mut output = Output::new(&plan, arguments.json, bundles);
     let began = Instant::now();
     let ended = campaign::run(&plan, interrupts, &mut |news| output.hear(news));
-    let took = began.elapsed();
-    let ending = match ended {
-        Ok(ending) => ending,
-        Err(error) => {
-            output.abandon();
-            return Err(error.into());
-        }
-    };
-    let clean = output.finish(ending, took, files)?;
-    Ok(match ending {
-        campaign::Ending::Interrupted => exit::INTERRUPTED,
-        _ if clean => exit::CLEAN,
-        _ => exit::FINDINGS,
-    })
-}
-
-fn create(path: &Option<PathBuf>) -> Result<Option<(PathBuf, File)>, FileError> {
-    let create = |path: &Path| match File::create(path) {
-        Ok(file) => Ok((path.to_path_buf(), file)),
-        Err(source) => Err(FileError { path: path.into(), source }),
-    };
-    path.as_deref().map(create).transpose()
+    output.finish(ended.map_err(Into::into), began.elapsed(), files)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Soak {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn machines_that_would_fill_the_host_are_refused() {
+        let check = |options: &[&str], available_mib, is_good| {
+            let words = [&["soak"], options].concat();
+            let arguments = Soak::try_parse_from(words).unwrap().arguments;
+            assert_eq!(arguments.check_memory(available_mib).is_ok(), is_good, "{options:?}");
+        };
+        check(&["--vms", "4"], 512, true);
+        check(&["--vms", "4"], 511, false);
+        check(&["--vms", "4", "--mem", "256"], 512, false);
+        check(&["--vms", "4", "--no-poison"], 511, true);
+        // Poison stops there.
+        check(&["--vms", "2", "--mem", "8192"], 2048, true);
+    }
 
     #[test]
     fn times_have_units() {

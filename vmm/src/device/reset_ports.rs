@@ -1,4 +1,5 @@
-//! The ports by which a guest resets the machine or turns it off: keyboard controller, reset control register, ACPI.
+//! The ports by which a guest resets the machine or turns it off: keyboard controller, reset control register, ACPI. And the
+//! one by which the agent says that it has nothing left to do but to be reset.
 
 use agent_protocol::GuestReset;
 
@@ -82,6 +83,20 @@ impl Device for AcpiPorts {
             (1, ACPI_POWER_OFF) => Effect::PowerOff,
             _ => Effect::None,
         }
+    }
+}
+
+/// Where the agent writes in the last instruction of a life that the host ends.
+#[derive(Debug)]
+pub struct RestPort;
+
+impl Device for RestPort {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) -> Effect {
+        Effect::Rest
     }
 }
 

@@ -1,9 +1,10 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
+pub mod audit;
 pub(in crate::device) mod bell;
-pub(in crate::device) mod chain;
+pub(crate) mod chain;
 pub mod mmio;
-pub(in crate::device) mod ring;
+pub(crate) mod ring;
 pub mod stale;
 #[cfg(test)]
 pub(in crate::device) mod testing;
@@ -48,9 +49,24 @@ pub struct Driver {
     pub features: u64,
     /// One queue for each entry of [`VirtioDevice::queue_max_sizes`], in that order. Addresses and sizes are what the
     /// guest wrote and nothing more; a queue that the driver left alone is not ready.
-    pub queues: Vec<Queue>,
+    pub queues: Vec<DriverQueue>,
     /// The way to the driver.
     pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// One queue of a driver's.
+#[derive(Debug)]
+pub struct DriverQueue {
+    /// Its addresses, size and positions.
+    pub queue: Queue,
+    /// Whoever looks at its buffers.
+    pub audit: Option<audit::QueueAudit>,
+}
+
+impl From<Queue> for DriverQueue {
+    fn from(queue: Queue) -> Self {
+        Self { queue, audit: None }
+    }
 }
 
 /// A device behind a transport. All calls come with the transport's lock held: registers from a vCPU's thread,

@@ -1,9 +1,9 @@
-//! virtio-vsock (virtio 1.2, section 5.10): stream sockets between the guest and Unix sockets of the host.
+//! virtio-vsock (virtio 1.2, section 5.10): sockets for streams and for messages between the guest and Unix sockets of the host.
 //!
 //! This file owns the queues and decides when which side is served. `virtio::ring` and `virtio::chain` find a packet's
 //! bytes; from there to the host, `packet` gives them names, `connection` with `credit` says what they mean, `endpoint`
-//! ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`, `credit` and
-//! `connection` know no descriptor and no queue.
+//! with `payload` ties a connection to a socket, `host` with `table`, `clients` and `connector` owns the sockets. `packet`,
+//! `credit` and `connection` know no descriptor and no queue.
 
 mod backlog;
 mod clients;
@@ -12,12 +12,13 @@ mod connector;
 mod credit;
 mod endpoint;
 mod host;
-mod packet;
+pub(crate) mod packet;
+mod payload;
 mod poll;
 mod stats;
 mod table;
 mod traffic;
-mod unix;
+pub(crate) mod unix;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -26,10 +27,10 @@ use std::time::Duration;
 pub use self::connector::VsockConnector;
 use self::host::Host;
 use self::packet::HEADER_LEN;
-pub use self::packet::{GuestCid, GuestPort, HostPort};
+pub use self::packet::{GuestCid, GuestPort, HostPort, SocketType};
 pub use self::stats::VsockStats;
-pub use self::unix::{Listener, SocketFile, VsockError};
-use super::virtio::chain::Direction;
+pub use self::unix::{Listener, MAX_LINE, SocketFile, VsockError, listen_on_host_port};
+use super::virtio::chain::{Chain, Direction};
 use super::virtio::ring::{BrokenRing, Ring};
 use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::memory::GuestRam;
@@ -37,7 +38,10 @@ use crate::memory::GuestRam;
 /// Device type (virtio 1.2, section 5).
 const DEVICE_ID: u32 = 19;
 
-/// Queues (virtio 1.2, section 5.10.2). The third carries events, of which there are none yet.
+/// Sockets for messages (section 5.10.3). Those for streams are implied; Linux's devices do not offer their bit either.
+const F_SEQPACKET: u64 = 1 << 1;
+
+/// Queues (virtio 1.2, section 5.10.2): packets to the guest, packets to the host, events.
 const QUEUE_MAX_SIZES: [u16; 3] = [256, 256, 64];
 
 /// Number of the queue for events.
@@ -56,12 +60,27 @@ pub struct Vsock {
     needs_reset: bool,
 }
 
+/// An event that the guest has to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    /// Its connections are gone.
+    Reset,
+}
+
 /// The guest's side while its driver runs.
 #[derive(Debug)]
 struct Guest {
     ram: GuestRam,
     to_guest: Ring,
     to_host: Ring,
+    /// Drivers need not set it up.
+    events: Option<Ring>,
+    due: Due,
+    /// Chains that were taken for packets to the guest, those that are kept for that, and lengths: the memory stays.
+    taken: Vec<Chain>,
+    spare: Vec<Chain>,
+    lens: Vec<u32>,
     interrupt: Arc<dyn Interrupt>,
 }
 
@@ -105,6 +124,19 @@ impl Vsock {
         self.host.shut_down();
     }
 
+    /// Ends all connections, and tells the guest so by the event `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2, section
+    /// 5.10.6.7) as soon as it has posted a buffer for it: the guest's sockets end, and those that listen stay. For a guest
+    /// whose host side is another than it was, as after a restore.
+    pub fn reset_transport(&mut self) {
+        // What is on its way belongs to the connections that end.
+        self.serve();
+        self.host.drop_connections();
+        if let Some(guest) = &mut self.guest {
+            guest.due = Due::Reset;
+        }
+        self.serve();
+    }
+
     /// What the device has counted so far.
     pub fn stats(&self) -> VsockStats {
         self.host.stats
@@ -144,24 +176,54 @@ impl Guest {
         };
         let to_guest = ring(Direction::ToGuest)?;
         let to_host = ring(Direction::ToHost)?;
+        let events = ring(Direction::ToGuest)?;
         Ok(to_guest.zip(to_host).map(|(to_guest, to_host)| Self {
             ram,
             to_guest,
             to_host,
+            events,
+            due: Due::Nothing,
+            taken: Vec::new(),
+            spare: Vec::new(),
+            lens: Vec::new(),
             interrupt,
         }))
     }
 
     /// Serves each queue once. True if there is more to do, so that other devices get their turn first.
     fn serve(&mut self, host: &mut Host) -> Result<bool, BrokenRing> {
+        let told = self.tell_events(host)?;
         let to_host = self.drain(host)?;
         let to_guest = self.fill(host)?;
-        if self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)? {
+        let events = match &mut self.events {
+            Some(events) => events.must_signal(&self.ram)?,
+            None => false,
+        };
+        if self.to_host.must_signal(&self.ram)? | self.to_guest.must_signal(&self.ram)? | events {
             self.interrupt.signal_used();
         }
         // Without buffers for what the guest is owed, it is the guest's move.
         let resume = to_host == Pause::NoBuffers && to_guest == Pause::Done;
-        Ok(to_host == Pause::Enough || to_guest == Pause::Enough || resume)
+        Ok([told, to_host, to_guest].contains(&Pause::Enough) || resume)
+    }
+
+    /// Tells the guest what is due, if it has posted a buffer for it; otherwise it does so with its next one.
+    fn tell_events(&mut self, host: &mut Host) -> Result<Pause, BrokenRing> {
+        let Some(events) = self.events.as_mut().filter(|_| self.due == Due::Reset) else {
+            return Ok(Pause::Done);
+        };
+        if !events.take(&self.ram, TRANSPORT_RESET.len(), &mut host.stats.bad_chains)? {
+            let came_meanwhile = events.listen(&self.ram)?;
+            return Ok(if came_meanwhile { Pause::Enough } else { Pause::NoBuffers });
+        }
+        // What was opened while the guest did not know is lost to it as well.
+        host.drop_connections();
+        // The chain was checked for room and for being in RAM.
+        if events.chain().write(&self.ram, &TRANSPORT_RESET).is_ok() {
+            events.complete(&self.ram, TRANSPORT_RESET.len() as u32)?;
+        }
+        self.due = Due::Nothing;
+        Ok(Pause::Done)
     }
 
     /// Takes packets from the guest, at most a ring full of them.
@@ -186,17 +248,41 @@ impl Guest {
             if !host.has_packet() {
                 return Ok(Pause::Done);
             }
-            // A buffer without room for a byte of payload would block the queue.
-            if self.to_guest.take(&self.ram, HEADER_LEN + 1, &mut host.stats.bad_chains)? {
-                match host.send(&self.ram, self.to_guest.chain()) {
-                    Some(len) => self.to_guest.complete(&self.ram, len)?,
-                    None => self.to_guest.put_back(),
+            self.take_buffers(host)?;
+            if self.taken.is_empty() {
+                if self.to_guest.listen(&self.ram)? {
+                    continue;
                 }
-            } else if !self.to_guest.listen(&self.ram)? {
                 return Ok(Pause::NoBuffers);
             }
+            host.send(&self.ram, &self.taken, &mut self.lens);
+            let (used, unused) = self.taken.split_at(self.lens.len());
+            unused.iter().for_each(|_| self.to_guest.put_back());
+            for (chain, len) in used.iter().zip(self.lens.drain(..)) {
+                self.to_guest.complete_chain(&self.ram, chain, len)?;
+            }
+            self.spare.append(&mut self.taken);
         }
         Ok(Pause::Enough)
+    }
+
+    /// Takes as many buffers as the next packets can use.
+    fn take_buffers(&mut self, host: &mut Host) -> Result<(), BrokenRing> {
+        // A buffer without room for a byte of payload would block the queue.
+        const LEAST: usize = HEADER_LEN + 1;
+        for number in 0..host.buffers_wanted() {
+            let is_taken = match number {
+                0 => self.to_guest.take(&self.ram, LEAST, &mut host.stats.bad_chains)?,
+                _ => self.to_guest.take_sound(&self.ram, LEAST)?,
+            };
+            if !is_taken {
+                break;
+            }
+            let new = || Chain::new(Direction::ToGuest, self.to_guest.size());
+            let spare = self.spare.pop().unwrap_or_else(new);
+            self.taken.push(self.to_guest.take_out(spare));
+        }
+        Ok(())
     }
 }
 
@@ -210,7 +296,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        RING_FEATURES | F_IN_ORDER
+        RING_FEATURES | F_IN_ORDER | F_SEQPACKET
     }
 
     /// `guest_cid`, 8 bytes, little-endian (virtio 1.2, section 5.10.4).
@@ -223,6 +309,7 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, driver: Driver) {
         let interrupt = driver.interrupt.clone();
+        self.host.start(driver.features & F_SEQPACKET != 0);
         match Guest::new(driver) {
             // Not `serve`: this may be a vCPU's thread, which must not do the event loop's work.
             Ok(guest) => {

@@ -175,10 +175,14 @@ impl PowerOnState {
             true => self.lapic,
             false => lapic_left(vcpu, self.lapic, &self.faults)?,
         };
-        let (regs, sregs) = match self.faults.has(Fault::RegistersKept) {
+        let (regs, mut sregs) = match self.faults.has(Fault::RegistersKept) {
             true => registers_kept(vcpu, (self.regs, self.sregs))?,
             false => (self.regs, self.sregs),
         };
+        if self.faults.has(Fault::LapicKept) {
+            let left = vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?;
+            sregs.apic_base = left.apic_base;
+        }
         vcpu.set_sregs(&sregs).map_err(KvmError::request("put back the system registers"))?;
         vcpu.set_lapic(&lapic).map_err(KvmError::request("put back the local APIC"))?;
         if does(Fault::FpuKept) {
@@ -209,22 +213,30 @@ impl PowerOnState {
     }
 }
 
-/// Registers at power-on except for those that a guest can have on its own ([`Fault::RegistersKept`]): what the entry
-/// point promises is as it should be, or there would be no next life to tell of it.
+/// Registers as they are but for what the entry point promises ([`Fault::RegistersKept`]): without that there would be no next
+/// life to tell of it. It is where to start, with which flags, code and stack segment (but for the latter's selector), no paging and
+/// so no long mode, and the lower half of RBX.
 fn registers_kept(
     vcpu: &VcpuFd,
     (reset, mut sregs): (kvm_regs, kvm_sregs),
 ) -> Result<(kvm_regs, kvm_sregs), KvmError> {
+    const CR0_PG: u64 = 1 << 31;
+    const EFER_LMA: u64 = 1 << 10;
+    const EBX: u64 = 0xffff_ffff;
     let left = vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?;
-    (sregs.cr2, sregs.cr3, sregs.ldt) = (left.cr2, left.cr3, left.ldt);
+    (sregs.cr0, sregs.cr4, sregs.efer) = (left.cr0 & !CR0_PG, left.cr4, left.efer & !EFER_LMA);
+    (sregs.cr2, sregs.cr3) = (left.cr2, left.cr3);
+    (sregs.gdt, sregs.idt, sregs.ldt, sregs.tr) = (left.gdt, left.idt, left.ldt, left.tr);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (left.ds, left.es, left.fs, left.gs);
+    sregs.ss.selector = left.ss.selector;
     let left = vcpu.get_regs().map_err(KvmError::request("get the registers"))?;
-    let kvm_regs { rip, rflags, rbx, .. } = reset;
+    let kvm_regs { rip, rflags, .. } = reset;
+    let rbx = left.rbx & !EBX | reset.rbx & EBX;
     Ok((kvm_regs { rip, rflags, rbx, ..left }, sregs))
 }
 
-/// The local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]) or for all but those, its NMI pin
-/// and its names ([`Fault::LapicKept`]).
+/// The local APIC `reset` except for the registers of its timer ([`Fault::LapicTimerLeft`]) or for all but those and its names
+/// ([`Fault::LapicKept`]).
 fn lapic_left(
     vcpu: &VcpuFd,
     mut reset: kvm_lapic_state,
@@ -234,11 +246,10 @@ fn lapic_left(
     const TIMER: [usize; 3] = [0x320, 0x380, 0x3e0];
     /// Whose form depends on the mode: number, logical destination and its format.
     const NAMES: [usize; 3] = [0x20, 0xd0, 0xe0];
-    const NMI_PIN: usize = 0x360;
     let left = vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?;
     for register in (0..reset.regs.len()).step_by(0x10) {
         let fault = match register {
-            other if other == NMI_PIN || NAMES.contains(&other) => continue,
+            name if NAMES.contains(&name) => continue,
             timer if TIMER.contains(&timer) => Fault::LapicTimerLeft,
             _ => Fault::LapicKept,
         };

@@ -40,9 +40,7 @@ pub struct Reading {
 /// The clock of one vCPU. To be read on the thread that runs it, outside of guest mode: KVM adds up when a halt ends.
 #[derive(Debug)]
 pub struct UnhaltedClock {
-    statistics: File,
-    /// Where in the file the numbers of [`HALTED`] are.
-    offsets: [u64; 3],
+    halted: HaltedTime,
     khz: u32,
 }
 
@@ -60,8 +58,7 @@ impl UnhaltedClock {
         }
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let statistics = unsafe { File::from_raw_fd(fd) };
-        let offsets = find(&statistics, HALTED)?;
-        Ok(Self { statistics, offsets, khz })
+        Ok(Self { halted: HaltedTime::find(statistics)?, khz })
     }
 
     /// What the clock shows.
@@ -69,12 +66,7 @@ impl UnhaltedClock {
     /// # Errors
     /// [`KvmError::Request`] if KVM's statistics cannot be read.
     pub fn read(&self) -> Result<Reading, KvmError> {
-        let mut halted_ns = 0_u64;
-        for offset in self.offsets {
-            let mut word = [0; 8];
-            self.statistics.read_exact_at(&mut word, offset).map_err(unreadable)?;
-            halted_ns = halted_ns.wrapping_add(u64::from_ne_bytes(word));
-        }
+        let halted_ns = self.halted.read_ns()?;
         // SAFETY: every x86-64 has the instruction, and Linux lets programs use it unless they asked not to.
         let all = unsafe { _rdtsc() };
         Ok(Reading { unhalted: all.wrapping_sub(self.ticks(halted_ns)), all })
@@ -93,6 +85,36 @@ impl UnhaltedClock {
 
 fn unreadable(source: io::Error) -> KvmError {
     KvmError::Request { action: "read the statistics of a vCPU", source }
+}
+
+/// The numbers of [`HALTED`] in KVM's statistics of a vCPU.
+#[derive(Debug)]
+struct HaltedTime {
+    statistics: File,
+    /// Where in the file the first of them is.
+    start: u64,
+    /// Where each is from there, in bytes. They are neighbours in every Linux so far, so all are read at once.
+    offsets: [usize; 3],
+}
+
+impl HaltedTime {
+    fn find(statistics: File) -> Result<Self, KvmError> {
+        let places = find(&statistics, HALTED)?;
+        let start = places.into_iter().min().unwrap_or(0);
+        let offsets = places.map(|place| (place - start) as usize);
+        Ok(Self { statistics, start, offsets })
+    }
+
+    /// Their sum, in nanoseconds.
+    fn read_ns(&self) -> Result<u64, KvmError> {
+        let mut bytes = vec![0; self.offsets.into_iter().max().unwrap_or(0) + 8];
+        self.statistics.read_exact_at(&mut bytes, self.start).map_err(unreadable)?;
+        let words = self.offsets.map(|at| {
+            let word = bytes[at..].first_chunk().copied().unwrap_or_default();
+            u64::from_ne_bytes(word)
+        });
+        Ok(words.into_iter().fold(0, u64::wrapping_add))
+    }
 }
 
 /// Where in the file the single numbers of these names are.
@@ -122,4 +144,46 @@ fn find<const COUNT: usize>(
         *offset = (data + word(found.ok_or(LACKING)?, 8) as usize) as u64;
     }
     Ok(offsets)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A file as KVM's: a header, descriptors of names with the offsets of their numbers, and the numbers.
+    fn statistics(descriptors: &[(&str, u32)], numbers: &[u64]) -> File {
+        const NAME_LEN: usize = 48;
+        const HEADER: usize = size_of::<kvm_stats_header>();
+        let len = size_of::<kvm_stats_desc>() + NAME_LEN;
+        let data = HEADER + descriptors.len() * len;
+        let header = [0, NAME_LEN, descriptors.len(), 0, HEADER, data].map(|word| word as u32);
+        let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_ne_bytes).collect();
+        for (name, offset) in descriptors {
+            // Flags, exponent and size; offset; bucket size.
+            let fixed = [0, 1 << 16, *offset, 0].map(u32::to_ne_bytes);
+            bytes.extend(fixed.into_iter().flatten());
+            let mut name = name.as_bytes().to_vec();
+            name.resize(NAME_LEN, 0);
+            bytes.extend(name);
+        }
+        bytes.extend(numbers.iter().flat_map(|number| number.to_ne_bytes()));
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn the_time_halted_is_the_sum_of_three_numbers_wherever_they_are() {
+        let check = |descriptors: &[(&str, u32)], expected| {
+            let file = statistics(descriptors, &[1, 20, 300, 4000, 50_000, 600_000]);
+            assert_eq!(HaltedTime::find(file).unwrap().read_ns().unwrap(), expected);
+        };
+        let [success, fail, wait] = ["halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns"];
+        check(&[("exits", 0), (success, 8), (fail, 16), (wait, 24)], 4320);
+        check(&[(wait, 0), ("halt_wait_ns_hist", 8), (fail, 40), (success, 24)], 604_001);
+        let file = statistics(&[(success, 0), (wait, 8)], &[1, 2]);
+        assert!(HaltedTime::find(file).is_err(), "one is lacking");
+    }
 }

@@ -24,27 +24,29 @@ impl Leader<'_> {
     pub(super) fn reset(&mut self, mut agent: Agent, step: Step) -> Result<Beginning, Trouble> {
         let Step { cause, moment, delay } = step;
         self.trace.note(|| format!("next: {cause} {moment}, after {} us", delay.as_micros()));
+        // Registers that the agent needs are poisoned last of all: it does nothing more then. In the middle of a transfer it has
+        // to be at work.
+        self.left = false;
+        if self.plan.poison && guest_reset(cause).is_none() && moment != Moment::MidTransfer {
+            self.hold(&mut agent)?;
+            self.trace.note(|| "the agent rests".into());
+            self.left = true;
+        }
         let _busy = self.make_busy(moment)?;
         // With two resets the delay is between them.
         let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
         self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
         if moment == Moment::NmiPending {
-            // Right before the reset, whatever the delay was. Nobody can mask it: poison masks the pin.
+            // Right before the reset, whatever the delay was. Nobody can mask it, as one could the pin.
             self.machine.inject_nmi(NmiVia::Message);
             self.trace.note(|| "NMI sent".into());
         }
         match guest_reset(cause) {
-            None => {
-                if self.plan.poison && moment == Moment::Quiet {
-                    // Registers that the agent needs are poisoned last of all. At other moments it has work to do.
-                    agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
-                }
-                self.machine.reset();
-            }
+            None => self.machine.reset(),
             Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
         }
         self.trace.note(|| format!("reset by {cause} asked for"));
-        match moment {
+        let beginning = match moment {
             Moment::TwoCauses => self.reset_as_well(cause, delay),
             Moment::MidBoot => {
                 self.await_reset(cause, cause, moment)?;
@@ -54,6 +56,27 @@ impl Leader<'_> {
                 self.await_reset(Cause::Host, Cause::Host, moment)
             }
             _ => self.await_reset(cause, cause, moment),
+        }?;
+        if !self.left {
+            for poisoning in self.poisoned.iter_mut().filter(|poisoning| poisoning.last) {
+                poisoning.result =
+                    Err("the host reset the machine while the agent was at work".into());
+            }
+        }
+        Ok(beginning)
+    }
+
+    /// Has the agent do nothing more, and waits until its registers have their marks.
+    fn hold(&self, agent: &mut Agent) -> Result<(), Trouble> {
+        agent.hold().map_err(|error| self.explain(error, FailureKind::NoReset))?;
+        match self.machine.next_event(self.plan.timeout) {
+            Some(Event::Rested) => Ok(()),
+            Some(event) => Err(self.unexpected(event)),
+            None => {
+                let words =
+                    format!("the agent did not come to rest within {:?}", self.plan.timeout);
+                Err(self.failure(FailureKind::NoReset, words))
+            }
         }
     }
 
@@ -61,13 +84,11 @@ impl Leader<'_> {
     fn reset_as_well(&mut self, first: Cause, delay: Duration) -> Result<Beginning, Trouble> {
         let moment = Moment::TwoCauses;
         let mut first_came = false;
-        if !delay.is_zero()
-            && let Some(event) = self.machine.next_event(delay)
-        {
-            self.trace.note(|| format!("{event:?}"));
-            match event {
-                Event::Reset { cause, .. } if cause == first => first_came = true,
-                event => return Err(self.unexpected(event)),
+        if !delay.is_zero() {
+            match self.next_event(delay) {
+                None => {}
+                Some(Event::Reset { cause, .. }) if cause == first => first_came = true,
+                Some(event) => return Err(self.unexpected(event)),
             }
         }
         self.machine.reset();
@@ -127,15 +148,7 @@ impl Leader<'_> {
     ) -> Result<Beginning, Trouble> {
         let mut first_may_come = first != last;
         loop {
-            let event = self.machine.next_event(self.plan.timeout);
-            match &event {
-                Some(Event::Reset { life, cause, .. }) => {
-                    self.trace.note(|| format!("life {life} began, by {cause}"));
-                }
-                Some(event) => self.trace.note(|| format!("{event:?}")),
-                None => {}
-            }
-            match event {
+            match self.next_event(self.plan.timeout) {
                 Some(Event::Reset { life, cause, at }) if cause == last => {
                     return Ok(Beginning { life, cause, moment: Some(moment), at });
                 }
@@ -153,6 +166,20 @@ impl Leader<'_> {
                 }
             }
         }
+    }
+
+    /// What happens next, with a note of it.
+    fn next_event(&mut self, timeout: Duration) -> Option<Event> {
+        let event = self.machine.next_event(timeout)?;
+        match &event {
+            Event::Reset { life, cause, .. } => {
+                self.trace.note(|| format!("life {life} began, by {cause}"));
+                // A guest resets the machine in the last instruction of its poisoned life.
+                self.left |= guest_reset(*cause).is_some();
+            }
+            event => self.trace.note(|| format!("{event:?}")),
+        }
+        Some(event)
     }
 }
 

@@ -23,8 +23,9 @@ use crate::device::block::{Block, Disk};
 use crate::device::console::Console;
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::nmi_status::NmiStatus;
-use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl};
+use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::rng::Rng;
+use crate::device::virtio::audit::{AuditMode, DmaAudit};
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
@@ -104,6 +105,7 @@ pub fn launch(
         memory,
         config: config.clone(),
         life: 1,
+        rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
@@ -132,6 +134,7 @@ fn start(
 ) -> Result<Handle, MachineError> {
     let wake = Arc::clone(&machine.wake);
     let virtio = machine.devices.virtio.clone();
+    let audit = machine.devices.audit.clone();
     let connector = lock(&virtio.vsock).device.connector();
     let console = lock(&machine.devices.console).tail();
     let (ports, mmio) = (Arc::clone(&machine.devices.ports), Arc::clone(&machine.devices.mmio));
@@ -151,6 +154,7 @@ fn start(
         events,
         connector,
         virtio,
+        audit,
         ports,
         mmio,
         console,
@@ -177,7 +181,7 @@ fn build_vm(
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
     let memory = match config.payload {
-        Payload::Agent => Memory::map_below(&template, layout::AGENT_END)?,
+        Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
@@ -213,9 +217,14 @@ fn build_devices(
     ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(I8042::Command)));
     ports.insert(layout::RESET_CONTROL_PORT.into(), 1, reset_control.clone());
     ports.insert(layout::ACPI_PORT.into(), 3, Arc::new(Mutex::new(AcpiPorts)));
+    if matches!(config.payload, Payload::Agent(_)) {
+        ports.insert(layout::REST_PORT.into(), 1, Arc::new(Mutex::new(RestPort)));
+    }
     let mut mmio = Bus::default();
     let ioapic_registers = Arc::new(Mutex::new(Arc::clone(&ioapic)));
     mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic_registers);
+    let audited = config.dma_audit != AuditMode::Off;
+    let audit = audited.then(|| DmaAudit::new(memory.ram().clone()));
     let mut slots = Slots {
         free: config.virtio_slots(),
         vm,
@@ -224,6 +233,7 @@ fn build_devices(
         mmio: &mut mmio,
         event_loop,
         dma_platform: config.dma_platform,
+        audit: audit.as_ref(),
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
@@ -241,5 +251,5 @@ fn build_devices(
     let disks = disks.into_iter().enumerate().map(block).collect::<Result<_, _>>()?;
     let virtio = VirtioDevices { vsock, rng, disks, all: slots.filled };
     let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
-    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, virtio })
+    Ok(Devices { ports, mmio, ioapic, console, nmi_status, reset_control, virtio, audit })
 }

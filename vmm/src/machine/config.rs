@@ -9,6 +9,7 @@ use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
+use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::pmu::PmuPolicy;
@@ -62,12 +63,16 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
     /// A virtio-rng device.
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
+    /// What is looked for in the buffers that its guest posts.
+    pub dma_audit: AuditMode,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }
@@ -123,7 +128,7 @@ impl Config {
         for VirtioSlot { base, pin } in self.virtio_slots() {
             words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
         }
-        if matches!(self.payload, Payload::Agent) {
+        if matches!(self.payload, Payload::Agent(_)) {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
             words.push(format!("agent.acpi_poweroff={power_off:#x}:{ACPI_POWER_OFF:#x}"));
@@ -146,7 +151,7 @@ impl Config {
     /// Refuses to leave RAM as it is where there is none besides the agent's.
     pub(super) fn check_faults(&self) -> Result<(), FaultError> {
         match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
-            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 10")),
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 12")),
             false => Ok(()),
         }
     }

@@ -12,6 +12,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use jailer::seccomp::{RestrictError, ThreadKind};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::interrupts::Interrupt;
 use super::vcpu_thread::VcpuThread;
 use super::{
     AnyVirtioDevice, Command, Event, Interrupts, Machine, MachineError, Message, ResetPolicy, Stop,
@@ -168,8 +169,13 @@ impl MutEventSubscriber for MachineEvents {
         let fd = events.fd();
         let is_timer = |thread: &VcpuThread| thread.pmu().is_some_and(|pmu| pmu.as_raw_fd() == fd);
         let stop = if fd == self.interrupts.as_raw_fd() {
-            self.interrupts.take();
-            Some(Stop::Interrupted)
+            match self.interrupts.take() {
+                Interrupt::End => Some(Stop::Interrupted),
+                Interrupt::ResetTransport => {
+                    self.machine.reset_transport();
+                    None
+                }
+            }
         } else if let Some((thread, _)) = self.machine.vcpus.iter().find(|(t, _)| is_timer(t)) {
             thread.check_counters();
             None
@@ -205,6 +211,10 @@ impl Machine {
                     let _ = self.events.send(Event::Nmi(outcome));
                     None
                 }
+                Message::Command(Command::ResetTransport) => {
+                    self.reset_transport();
+                    None
+                }
                 Message::Command(Command::Stop) => Some(Stop::Requested),
             };
             if stop.is_some() {
@@ -212,6 +222,10 @@ impl Machine {
             }
         }
         None
+    }
+
+    fn reset_transport(&self) {
+        lock(&self.devices.virtio.vsock).device.reset_transport();
     }
 
     fn next_message(&mut self) -> Option<Message> {
@@ -233,6 +247,14 @@ impl Machine {
                 ResetPolicy::InPlace | ResetPolicy::Limited(_) => self.reset_or_stop(cause, at),
             },
             VcpuStop::PowerOff => Some(Stop::PowerOff),
+            VcpuStop::Rest => {
+                // Nobody hears it twice, however often the guest says it.
+                if !std::mem::replace(&mut self.rested, true) {
+                    let _ = self.events.send(Event::Rested);
+                }
+                self.run_vcpus();
+                None
+            }
             VcpuStop::Stuck(stuck) => Some(Stop::Stuck(stuck)),
             VcpuStop::Failed(error) => Some(Stop::Failed(error)),
         }

@@ -8,6 +8,7 @@ use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::lock;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
 use crate::fault::{Fault, Faults};
 use crate::layout;
@@ -51,7 +52,9 @@ impl Machine {
         }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
-        if matches!(self.config.payload, Payload::Agent) {
+        self.rested = false;
+        self.devices.audit.iter().for_each(DmaAudit::begin_life);
+        if matches!(self.config.payload, Payload::Agent(_)) {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
         }

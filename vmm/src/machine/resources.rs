@@ -22,26 +22,35 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Opens what `config` names. The second value is the file of the vsock socket, if there is one: whoever keeps it
-    /// removes it in the end.
+    /// Opens what `config` names. The second value has the files of the vsock sockets: whoever keeps it removes them in the
+    /// end.
     ///
     /// # Errors
     /// [`MachineError`] with the name of what cannot be opened.
-    pub fn open(config: &Config) -> Result<(Self, Option<SocketFile>), MachineError> {
+    pub fn open(config: &Config) -> Result<(Self, Vec<SocketFile>), MachineError> {
         let kvm = kvm::open()?;
         let image = config.payload.open()?;
         config.check_disks()?;
         let disks = config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?;
-        let bound = config.vsock_path.as_deref().map(Listener::bind).transpose()?;
-        let (listener, file) = bound.unzip();
-        Ok((Self { kvm, module: Module::read(), image, listener, disks }, file))
+        let mut files = Vec::new();
+        let mut listener = None;
+        if let Some(path) = &config.vsock_path {
+            let (mut streams, file) = Listener::bind(path)?;
+            files.push(file);
+            if let Some(path) = &config.vsock_messages_path {
+                files.push(streams.bind_messages(path)?);
+            }
+            listener = Some(streams);
+        }
+        Ok((Self { kvm, module: Module::read(), image, listener, disks }, files))
     }
 
     /// Every descriptor: what a jail has to let through.
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut descriptors = vec![kvm::descriptor(&self.kvm)];
         descriptors.extend(self.image.files());
-        descriptors.extend(self.listener.iter().map(AsFd::as_fd));
+        let sockets = self.listener.iter().flat_map(Listener::sockets);
+        descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
         descriptors
     }

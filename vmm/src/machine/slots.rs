@@ -9,6 +9,7 @@ use super::{AnyVirtioDevice, MachineError};
 use crate::bus::{Bus, Shared};
 use crate::device::ioapic::{IoApic, Pin};
 use crate::device::virtio::VirtioDevice;
+use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::kvm::vm::Vm;
 use crate::layout::{VIRTIO_MMIO_SIZE, VirtioSlot};
@@ -24,6 +25,8 @@ pub(super) struct Slots<'m, I> {
     pub mmio: &'m mut Bus,
     pub event_loop: &'m mut EventLoop,
     pub dma_platform: bool,
+    /// Whoever looks at the buffers of all of them.
+    pub audit: Option<&'m DmaAudit>,
     /// What has its place.
     pub filled: Vec<AnyVirtioDevice>,
 }
@@ -46,6 +49,8 @@ impl<I: Iterator<Item = VirtioSlot>> Slots<'_, I> {
         }
         let pin = Pin::new(self.ioapic, slot.pin);
         let mmio = Mmio::new(device, self.ram.clone(), pin, self.dma_platform);
+        let audit = self.audit.map(|audit| audit.add_device(mmio.device.device_id()));
+        let mmio = mmio.with_audit(audit);
         let device = Arc::new(Mutex::new(mmio));
         self.mmio.insert(slot.base, VIRTIO_MMIO_SIZE, device.clone());
         self.event_loop.add_device(VirtioEvents { device: device.clone(), queues, backend });

@@ -362,6 +362,7 @@ impl Runner {
                 Effect::None => {}
                 Effect::Reset(reset) => return Ok(Pause::Stop(VcpuStop::Reset(reset.into()))),
                 Effect::PowerOff => return Ok(Pause::Stop(VcpuStop::PowerOff)),
+                Effect::Rest => return Ok(Pause::Stop(VcpuStop::Rest)),
             }
         }
     }

@@ -1,12 +1,13 @@
 //! What is kept of a life that something was found in: a directory of small files that explain it and say how to see it again.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::campaign::Place;
+use super::Place;
 use super::line::{Found, Life};
 
 /// More lives are told of, but nothing of them is kept.
@@ -18,6 +19,8 @@ pub struct Bundles {
     wanted: PathBuf,
     /// Whether another name will do if that one is taken.
     is_default: bool,
+    /// This program, for scripts.
+    program: String,
     made: Option<PathBuf>,
     count: u32,
 }
@@ -28,6 +31,14 @@ pub enum BundleError {
     /// There is something already.
     #[error("bundle directory {0:?} is not empty")]
     NotEmpty(PathBuf),
+    /// There could be none.
+    #[error("bundles could not be kept in {path:?}; name another directory with --bundle")]
+    Refused {
+        /// What was tried.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The host refused.
     #[error("write the bundle {path:?}")]
     Io {
@@ -67,28 +78,23 @@ impl Bundles {
     /// Bundles go into `directory`, which is made if something is found. Without one, into one with the seed in its name.
     ///
     /// # Errors
-    /// [`BundleError`] if the directory is not empty or could never be made.
+    /// [`BundleError`] if the directory is not empty or nothing could be written into it.
     pub fn new(directory: Option<&Path>, seed: u64) -> Result<Self, BundleError> {
         let is_default = directory.is_none();
-        let wanted = match directory {
-            None => format!("cleanslate-soak-{seed}").into(),
-            Some(path) => {
-                match fs::read_dir(path).map(|mut entries| entries.next().is_some()) {
-                    Ok(true) => {
-                        return Err(BundleError::NotEmpty(path.into()));
-                    }
-                    Ok(false) => {}
-                    // Tried now, so that it does not fail after hours.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        fs::create_dir(path).map_err(failed(path))?;
-                        fs::remove_dir(path).map_err(failed(path))?;
-                    }
-                    Err(error) => return Err(failed(path)(error)),
-                }
-                path.into()
-            }
+        let wanted = directory.map_or_else(|| format!("cleanslate-soak-{seed}").into(), Into::into);
+        // Tried now, so that it does not fail after hours.
+        let tried = match fs::read_dir(&wanted).map(|mut entries| entries.next().is_some()) {
+            Ok(true) if !is_default => return Err(BundleError::NotEmpty(wanted)),
+            Ok(true) => PathBuf::from(format!("cleanslate-soak-{seed}-{}", std::process::id())),
+            Ok(false) => wanted.join("try"),
+            Err(_) => wanted.clone(),
         };
-        Ok(Self { wanted, is_default, made: None, count: 0 })
+        fs::create_dir(&tried)
+            .and_then(|()| fs::remove_dir(&tried))
+            .map_err(|source| BundleError::Refused { path: wanted.clone(), source })?;
+        let program = std::env::current_exe().unwrap_or_else(|_| "cleanslate".into());
+        let program = program.to_string_lossy().into_owned();
+        Ok(Self { wanted, is_default, program, made: None, count: 0 })
     }
 
     /// Keeps a life. Returns its directory, or none if there are enough.
@@ -100,6 +106,7 @@ impl Bundles {
         place: Place,
         life: &Life,
         facts: &Facts,
+        replay: &[String],
         errors: &[String],
     ) -> Result<Option<PathBuf>, BundleError> {
         if self.count == MOST_BUNDLES {
@@ -126,7 +133,11 @@ impl Bundles {
         };
         let json = |value: Result<String, serde_json::Error>| value.unwrap_or_default() + "\n";
         write("finding.json", json(serde_json::to_string_pretty(facts)))?;
-        write("replay.sh", format!("#!/bin/sh\nexec {}\n", facts.replay))?;
+        let program = shell(std::slice::from_ref(&self.program));
+        script(
+            &path.join("replay.sh"),
+            &format!("#!/bin/sh\nexec {program} {} \"$@\"\n", shell(replay)),
+        )?;
         if let Some(evidence) = &life.evidence {
             write("before.json", json(serde_json::to_string_pretty(&evidence.before)))?;
             write("life.json", json(serde_json::to_string_pretty(&evidence.life)))?;
@@ -163,6 +174,13 @@ impl Bundles {
         self.made = Some(path.clone());
         Ok(path)
     }
+}
+
+/// Writes a file that can be run.
+fn script(path: &Path, text: &str) -> Result<(), BundleError> {
+    let mut options = fs::OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).mode(0o777).open(path);
+    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(failed(path))
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> BundleError {

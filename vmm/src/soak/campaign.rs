@@ -1,50 +1,19 @@
 //! The soak's loop: starts the machines' processes, hears them, judges how they end, and knows when it is over.
 
 use std::io;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::ops::ControlFlow;
+use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::line::{End, Found, Life, Line, Machine};
-use super::process::{Process, Said};
-use super::{printable, seed_of};
-use crate::cli::exit;
+use serde::{Deserialize, Serialize};
+
+use super::Place;
+use super::line::{Found, Life, Line, Machine};
+use super::plan::Plan;
+use super::process::{self, Process, Said};
+use super::slot::{FAILED, Slot};
 use crate::machine::Interrupts;
-
-/// What to do.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// How many machines.
-    pub vms: u32,
-    /// The number of the first.
-    pub first_vm: u32,
-    /// How many resets each; none if only the time counts.
-    pub resets: Option<u32>,
-    /// How long at most.
-    pub duration: Option<Duration>,
-    /// Whether to go on after a finding.
-    pub keep_going: bool,
-    /// What everything random comes from.
-    pub seed: u64,
-    /// How long a machine's process may say nothing.
-    pub silence: Duration,
-    /// Arguments of `run` that are the same for each machine.
-    pub arguments: Vec<String>,
-}
-
-/// Resets of a machine that has no number of them: years.
-const ENDLESS: u32 = u32::MAX - 1;
-
-impl Plan {
-    /// The command that runs a machine again up to a reset, as arguments of the program.
-    pub fn replay(&self, vm: u32, process: u32, resets: u32) -> Vec<String> {
-        let seed = seed_of(self.seed, vm, process);
-        let own =
-            ["run", "--resets", &resets.to_string(), "--seed", &seed.to_string()].map(String::from);
-        [&own[..], &self.arguments].concat()
-    }
-}
 
 /// Why a soak could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -60,18 +29,11 @@ pub enum CampaignError {
     Wait(#[source] io::Error),
 }
 
-/// Where something happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Which machine.
-    pub vm: u32,
-    /// Which of its processes; the first is 0.
-    pub process: u32,
-}
-
 /// What a listener is told.
 #[derive(Debug)]
 pub enum News<'a> {
+    /// What the user should know, before a machine runs.
+    Notice(&'a str),
     /// What the machines run on; told once.
     Machine(&'a Machine),
     /// A life is over, with what was found in it.
@@ -82,8 +44,12 @@ pub enum News<'a> {
     Tick,
 }
 
+/// Who is told. If it breaks, there is nobody to tell any more, and the soak ends as if by a signal.
+pub type Listener<'a> = &'a mut dyn FnMut(News) -> ControlFlow<()>;
+
 /// How a soak ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Ending {
     /// All resets were done.
     Complete,
@@ -91,8 +57,23 @@ pub enum Ending {
     TimeUp,
     /// At the first finding.
     Finding,
-    /// By a signal.
+    /// By a signal, or since nobody was there any more to be told.
     Interrupted,
+    /// The host failed it.
+    Failed,
+}
+
+impl Ending {
+    /// The name that JSON and reports use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::TimeUp => "time-up",
+            Self::Finding => "finding",
+            Self::Interrupted => "interrupted",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// Names a process to those who hear of it.
@@ -102,27 +83,12 @@ enum Name {
     Signals,
 }
 
-/// One machine and the process that it has now.
-struct Slot {
-    vm: u32,
-    process: u32,
-    running: Option<Process>,
-    /// Lives that this process told of, and the last one's number.
-    lives: u32,
-    last_life: u32,
-    /// Resets left to it and those after it.
-    resets: u32,
-    silent: Duration,
-    end: Option<(End, String)>,
-    verdict: bool,
-    /// It was told to end, or killed.
-    asked: bool,
-    killed: bool,
-}
-
 /// Longest wait for news. Time that passes in one piece beyond that, because the whole program was stopped, is nobody's
 /// silence.
 const TICK: Duration = Duration::from_millis(200);
+
+/// Lines of a process besides that of a life after each reset.
+const MOST_OTHER_LINES: u32 = 64;
 
 /// Runs a soak to its end. `listener` hears everything as it happens, and none of it is kept.
 ///
@@ -131,17 +97,11 @@ const TICK: Duration = Duration::from_millis(200);
 pub fn run(
     plan: &Plan,
     interrupts: Interrupts,
-    listener: &mut dyn FnMut(News),
+    listener: Listener,
 ) -> Result<Ending, CampaignError> {
     let (outbox, inbox) = sync_channel(256);
     watch_signals(interrupts, outbox.clone())?;
-    let slots = (0..plan.vms).map(|index| Slot::new(plan, plan.first_vm.saturating_add(index)));
-    let mut campaign =
-        Campaign { plan, slots: slots.collect(), outbox, listener, ending: None, machine: false };
-    for slot in 0..campaign.slots.len() {
-        campaign.start(slot)?;
-    }
-    campaign.lead(&inbox)
+    Campaign::new(plan, process::command, outbox, listener).lead(&inbox)
 }
 
 fn watch_signals(
@@ -163,36 +123,54 @@ fn watch_signals(
 
 struct Campaign<'a> {
     plan: &'a Plan,
+    command: fn(&[String]) -> Command,
     slots: Vec<Slot>,
     outbox: SyncSender<(Name, Said)>,
-    listener: &'a mut dyn FnMut(News),
+    listener: Listener<'a>,
     ending: Option<Ending>,
-    machine: bool,
+    /// Whether it was told what the machines run on, and of a life.
+    has_machine: bool,
+    has_lived: bool,
 }
 
-impl Campaign<'_> {
+impl<'a> Campaign<'a> {
+    /// No process runs yet. `command` makes one of its arguments.
+    fn new(
+        plan: &'a Plan,
+        command: fn(&[String]) -> Command,
+        outbox: SyncSender<(Name, Said)>,
+        listener: Listener<'a>,
+    ) -> Self {
+        let slots = plan.machines().map(|vm| Slot::new(plan, vm)).collect();
+        let (ending, has_machine, has_lived) = (None, false, false);
+        Self { plan, command, slots, outbox, listener, ending, has_machine, has_lived }
+    }
+
     /// Threads that start processes have to outlive them, so it is this one that does: a process dies with the thread that
     /// started it.
-    fn start(&mut self, index: usize) -> Result<(), CampaignError> {
+    fn start(&mut self, index: usize) -> io::Result<()> {
         let slot = &mut self.slots[index];
-        let mut arguments = self.plan.replay(slot.vm, slot.process, slot.resets);
-        arguments.extend(["--json-lines".into(), "--child-of".into()]);
-        arguments.push(std::process::id().to_string());
-        let name = Name::Process { slot: index, process: slot.process };
-        let process = Process::start(&arguments, name, self.outbox.clone());
-        slot.running = Some(process.map_err(CampaignError::Start)?);
+        let Place { vm, process, .. } = slot.place;
+        let arguments = self.plan.replay(vm, process, slot.resets);
+        let name = Name::Process { slot: index, process };
+        slot.running = Some(Process::start((self.command)(&arguments), name, self.outbox.clone())?);
         Ok(())
     }
 
     fn lead(&mut self, inbox: &Receiver<(Name, Said)>) -> Result<Ending, CampaignError> {
         let began = Instant::now();
         let mut before = began;
+        for slot in 0..self.slots.len() {
+            self.start(slot).map_err(CampaignError::Start)?;
+        }
         while self.slots.iter().any(|slot| slot.running.is_some()) {
             match inbox.recv_timeout(TICK) {
                 Ok((Name::Signals, _)) => self.end(Ending::Interrupted),
                 Ok((Name::Process { slot, process }, said)) => {
                     // A process that was given up may still say something.
-                    if self.slots[slot].process == process && self.slots[slot].running.is_some() {
+                    if self.slots[slot].place.process == process
+                        && self.slots[slot].running.is_some()
+                    {
                         self.hear(slot, said)?;
                     }
                 }
@@ -205,9 +183,15 @@ impl Campaign<'_> {
             if self.plan.duration.is_some_and(|duration| now - began >= duration) {
                 self.end(Ending::TimeUp);
             }
-            (self.listener)(News::Tick);
+            self.tell(News::Tick);
         }
         Ok(self.ending.unwrap_or(Ending::Complete))
+    }
+
+    fn tell(&mut self, news: News) {
+        if (self.listener)(news).is_break() {
+            self.end(Ending::Interrupted);
+        }
     }
 
     /// Ends the soak: all processes are told to.
@@ -226,41 +210,45 @@ impl Campaign<'_> {
 
     fn hear(&mut self, index: usize, said: Said) -> Result<(), CampaignError> {
         let slot = &mut self.slots[index];
-        slot.silent = Duration::ZERO;
-        let place = slot.place();
+        if !slot.asked && !slot.killed {
+            slot.silent = Duration::ZERO;
+        }
+        slot.said = slot.said.saturating_add(1);
+        let place = slot.place;
+        let said = match said {
+            Said::Line(_) if slot.said > slot.resets.saturating_add(MOST_OTHER_LINES) => {
+                Said::Nonsense("there are more lines than lives".into())
+            }
+            said => said,
+        };
         match said {
+            Said::Closed => return self.closed(index),
+            // What was on its way when it was killed is not believed any more.
+            _ if slot.killed => {}
             Said::Line(line) => match *line {
-                Line::Machine(machine) if !self.machine => {
-                    self.machine = true;
-                    (self.listener)(News::Machine(&machine));
-                    Ok(())
+                Line::Notice { text } => self.tell(News::Notice(&text)),
+                Line::Machine(machine) if !self.has_machine => {
+                    self.has_machine = true;
+                    self.tell(News::Machine(&machine));
                 }
-                Line::Machine(_) => Ok(()),
+                Line::Machine(_) => {}
                 Line::Life(life) => {
+                    self.has_lived = true;
                     slot.lives += 1;
                     slot.last_life = life.life;
-                    let is_finding = !life.findings.is_empty();
-                    (self.listener)(News::Life(place, &life));
-                    self.found(is_finding);
-                    Ok(())
+                    self.tell(News::Life(place, &life));
+                    self.found(!life.findings.is_empty());
                 }
-                Line::Verdict { .. } => {
-                    slot.verdict = true;
-                    Ok(())
-                }
-                Line::End { how, detail } => {
-                    slot.end = Some((how, detail));
-                    Ok(())
-                }
+                Line::Verdict { .. } => slot.verdict = true,
+                Line::End { how, detail } => slot.end = Some((how, detail)),
             },
             Said::Nonsense(why) => {
                 let detail = format!("it printed what is no line of a result: {why}");
-                self.process_finding(index, "vm-failed", detail, &[]);
                 self.kill(index);
-                Ok(())
+                self.process_finding(index, FAILED, detail, &[]);
             }
-            Said::Closed => self.closed(index),
         }
+        Ok(())
     }
 
     fn found(&mut self, is_finding: bool) {
@@ -286,8 +274,8 @@ impl Campaign<'_> {
                 continue;
             }
             if slot.killed {
-                // Not even that ended it. Its end will come when this process's does.
-                slot.running = None;
+                // Not even that ended it: the kernel holds it.
+                slot.running.take().into_iter().for_each(Process::give_up);
                 continue;
             }
             let seconds = self.plan.silence.as_secs();
@@ -307,31 +295,28 @@ impl Campaign<'_> {
         let Some(mut process) = slot.running.take() else { return Ok(()) };
         let (status, errors) = process.wait().map_err(CampaignError::Wait)?;
         if let Some((name, detail)) = slot.judge_end(status, &errors) {
-            if name == FAILED && slot.lives == 0 {
+            // Nothing ran at all: a slip of the user's more often than not.
+            if name == FAILED && !self.has_lived {
                 return Err(CampaignError::Machine(detail));
             }
             self.process_finding(index, name, detail, &errors);
         }
-        let slot = &mut self.slots[index];
-        let done = slot.lives.saturating_sub(1);
-        slot.resets = slot.resets.saturating_sub(done);
-        // One that does not get anywhere is not tried again.
-        if self.ending.is_none() && slot.resets > 0 && done > 0 {
-            *slot = Slot {
-                resets: slot.resets,
-                process: slot.process + 1,
-                ..Slot::new(self.plan, slot.vm)
-            };
-            self.start(index)?;
+        if self.ending.is_none()
+            && let Some(next) = self.slots[index].next(self.plan)
+        {
+            self.slots[index] = next;
+            if let Err(error) = self.start(index) {
+                let detail = format!("no other process could be started for it: {error}");
+                self.process_finding(index, FAILED, detail, &[]);
+            }
         }
         Ok(())
     }
 
     fn process_finding(&mut self, index: usize, name: &str, detail: String, errors: &[String]) {
-        let slot = &self.slots[index];
-        let place = slot.place();
+        let Slot { place, last_life, .. } = self.slots[index];
         let life = Life {
-            life: slot.last_life + 1,
+            life: last_life.saturating_add(1),
             cause: None,
             moment: None,
             hello_us: None,
@@ -340,73 +325,8 @@ impl Campaign<'_> {
             findings: vec![Found { name: name.into(), detail }],
             evidence: None,
         };
-        (self.listener)(News::Process(place, &life, errors));
+        self.tell(News::Process(place, &life, errors));
         self.found(true);
-    }
-}
-
-/// The finding of a process that failed: the host's doing, and if there was no life at all, no finding but the end.
-const FAILED: &str = "vm-failed";
-
-impl Slot {
-    fn new(plan: &Plan, vm: u32) -> Self {
-        Self {
-            vm,
-            process: 0,
-            running: None,
-            lives: 0,
-            last_life: 0,
-            resets: plan.resets.unwrap_or(ENDLESS),
-            silent: Duration::ZERO,
-            end: None,
-            verdict: false,
-            asked: false,
-            killed: false,
-        }
-    }
-
-    fn place(&self) -> Place {
-        Place { vm: self.vm, process: self.process }
-    }
-
-    /// What is wrong with the end of its process, as a finding.
-    fn judge_end(&self, status: ExitStatus, errors: &[String]) -> Option<(&'static str, String)> {
-        if self.killed {
-            return None;
-        }
-        match &self.end {
-            Some((End::OutOfMemory, detail)) => {
-                return Some(("vm-out-of-memory", printable(detail)));
-            }
-            Some((End::Killed, detail)) => return Some(("vm-killed", printable(detail))),
-            Some((End::ForbiddenCall, detail)) => {
-                return Some(("vm-forbidden-call", printable(detail)));
-            }
-            Some((End::Failed, detail)) => return Some((FAILED, printable(detail))),
-            None => {}
-        }
-        match (status.signal(), status.code().map(|code| code as u8)) {
-            // So early that it did not catch the signal yet.
-            (Some(libc::SIGTERM), _) | (_, Some(exit::INTERRUPTED)) if self.asked => None,
-            (Some(signal), _) => {
-                Some(("vm-killed", format!("its process was killed by signal {signal}")))
-            }
-            (_, Some(exit::CLEAN | exit::FINDINGS)) if self.verdict => None,
-            (_, Some(exit::INTERRUPTED)) => {
-                Some(("vm-killed", "its process was told to end by somebody else".into()))
-            }
-            (_, code) => {
-                let words = errors.last().map_or("and said nothing", String::as_str);
-                let words = words.strip_prefix("cleanslate: ").unwrap_or(words);
-                match code {
-                    Some(exit::USAGE_OR_HOST) => Some((FAILED, words.into())),
-                    code => {
-                        let code = code.unwrap_or_default();
-                        Some((FAILED, format!("its process ended with status {code}: {words}")))
-                    }
-                }
-            }
-        }
     }
 }
 

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::campaign::Place;
 use super::line::Life;
-use super::printable;
+use super::{Place, printable};
 
 /// How often times of which length were seen. Buckets are at most 3 % wide.
 #[derive(Clone, Debug, Default)]
@@ -148,6 +147,13 @@ pub struct Vm {
     pub series: Series,
 }
 
+impl Vm {
+    /// Resets that the next life told of.
+    pub fn resets(&self) -> u64 {
+        self.lives.saturating_sub(u64::from(self.processes))
+    }
+}
+
 /// A finding as it is shown.
 #[derive(Clone, Debug)]
 pub struct Shown {
@@ -168,8 +174,8 @@ pub struct Shown {
 /// Everything that is kept of a soak.
 #[derive(Clone, Debug, Default)]
 pub struct Figures {
-    /// By number.
-    pub vms: BTreeMap<u32, Vm>,
+    /// By the soak's seed and their number.
+    pub vms: BTreeMap<(u64, u32), Vm>,
     /// Times to hello by cause and by moment.
     pub groups: BTreeMap<(&'static str, &'static str), Histogram>,
     /// How often each finding was made.
@@ -186,8 +192,8 @@ const MOST_NAMES: usize = 64;
 impl Figures {
     /// A life is over, or ended with its process.
     pub fn add(&mut self, place: Place, life: &Life, bundle: Option<String>) {
-        let vm = self.vms.entry(place.vm).or_default();
-        vm.processes = place.process + 1;
+        let vm = self.vms.entry((place.seed, place.vm)).or_default();
+        vm.processes = place.process.saturating_add(1);
         // Lives that nobody told of have no cause.
         vm.lives += u64::from(life.cause.is_some());
         vm.findings += life.findings.len() as u64;
@@ -219,7 +225,7 @@ impl Figures {
 
     /// Resets of all machines, as far as the next life told of them.
     pub fn resets(&self) -> u64 {
-        self.vms.values().map(|vm| vm.lives.saturating_sub(u64::from(vm.processes))).sum()
+        self.vms.values().map(Vm::resets).sum()
     }
 
     /// Findings of all machines.

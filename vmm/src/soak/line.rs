@@ -13,7 +13,12 @@ use crate::verify;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "line", rename_all = "kebab-case")]
 pub enum Line {
-    /// The first: the machine runs.
+    /// Before the machine runs, what the user should know: such as how its jail is weaker than it should be.
+    Notice {
+        /// In words.
+        text: String,
+    },
+    /// The machine runs.
     Machine(Machine),
     /// A life is over.
     Life(Life),
@@ -50,7 +55,7 @@ pub struct Life {
     /// Why it began. None if nobody knows, since it ended before it was told of.
     pub cause: Option<Cause>,
     /// In the middle of what.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moment: Option<Moment>,
     /// Microseconds to the agent's hello.
     pub hello_us: Option<u64>,
@@ -63,6 +68,15 @@ pub struct Life {
     /// For explaining that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Box<Evidence>>,
+}
+
+impl Life {
+    /// The same without what explains it.
+    pub fn without_evidence(&self) -> Self {
+        let Self { life, cause, moment, hello_us, nmis, .. } = *self;
+        let (pmu, findings) = (self.pmu.clone(), self.findings.clone());
+        Self { life, cause, moment, hello_us, pmu, nmis, findings, evidence: None }
+    }
 }
 
 /// A finding of one life; see [`verify::Finding`].

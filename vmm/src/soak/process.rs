@@ -25,6 +25,14 @@ pub(super) enum Said {
 /// A line with evidence has a few hundred thousand bytes.
 const LONGEST_LINE: u64 = 8 << 20;
 
+/// This program with these arguments, as the process of a machine.
+pub(super) fn command(arguments: &[String]) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("cleanslate").args(arguments).arg("--json-lines");
+    command.args(["--child-of", &std::process::id().to_string()]);
+    command
+}
+
 /// A process that runs one machine.
 pub(super) struct Process {
     child: Child,
@@ -33,14 +41,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts this program with `arguments`. What it says goes to `outbox`, each with `name`.
+    /// Starts `command`. What it says goes to `outbox`, each with `name`.
     pub fn start<N: Copy + Send + 'static>(
-        arguments: &[String],
+        mut command: Command,
         name: N,
         outbox: SyncSender<(N, Said)>,
     ) -> io::Result<Self> {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("cleanslate").args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A terminal's signals are for the coordinator, which tells its processes.
         command.process_group(0);
@@ -84,6 +90,11 @@ impl Process {
             let _ = reader.join();
         }
         Ok((status, self.errors()))
+    }
+
+    /// Waits no more for one that was killed and does not end.
+    pub fn give_up(self) {
+        std::mem::forget(self);
     }
 
     /// The last lines of its stderr.
@@ -174,6 +185,18 @@ mod tests {
     fn a_line_without_an_end_takes_no_more_memory_than_one_may() {
         let said = heard(&vec![b' '; LONGEST_LINE as usize + 10]);
         assert_eq!(said.len(), 3, "{said:?}");
+    }
+
+    #[test]
+    fn one_that_is_given_up_is_not_waited_for() {
+        let mut command = Command::new("sleep");
+        command.arg("20");
+        let (outbox, _inbox) = sync_channel(1);
+        let process = Process::start(command, 7, outbox).unwrap();
+        let pid = Pid::from_child(&process.child);
+        process.give_up();
+        // Still there.
+        kill_process(pid, Signal::KILL).unwrap();
     }
 
     #[test]

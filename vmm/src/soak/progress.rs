@@ -23,12 +23,13 @@ impl Progress {
         Self { visible, total, duration, began: Instant::now(), drawn: None }
     }
 
-    /// Shows how far it is, unless it has just done so.
-    pub fn show(&mut self, resets: u64, findings: u64) {
+    /// Shows how far it is, unless it has just done so. `count` gives resets and findings.
+    pub fn show(&mut self, count: impl FnOnce() -> (u64, u64)) {
         if !self.visible || self.drawn.is_some_and(|drawn| drawn.elapsed() < REDRAW) {
             return;
         }
         self.drawn = Some(Instant::now());
+        let (resets, findings) = count();
         let line = bar(self.total, self.duration, self.began.elapsed(), resets, findings);
         // Who cannot be told how far it is cannot be told that either.
         let _ = write!(io::stderr(), "\r{line}\x1b[K");

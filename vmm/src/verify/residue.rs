@@ -36,7 +36,7 @@ pub fn compare(
     found: &[StateReading],
 ) -> Vec<Residue> {
     let (power_on, found) = (by_item(power_on), by_item(found));
-    let outcome = |Poisoning { item, result }: &Poisoning| {
+    let outcome = |Poisoning { item, result, .. }: &Poisoning| {
         let value = |readings: &BTreeMap<_, _>| readings.get(item.as_str()).copied().flatten();
         let (before, now) = (value(&power_on), value(&found));
         match result {
@@ -45,6 +45,7 @@ pub fn compare(
             Ok(poison) if before == Some(*poison) => {
                 Outcome::NotPoisonable("it is the same at power-on".into())
             }
+            Ok(_) if before.is_none() => Outcome::NotPoisonable("it cannot be read".into()),
             Ok(_) => Outcome::Reset,
         }
     };
@@ -108,7 +109,8 @@ mod tests {
     fn an_item_counts_as_reset_only_if_it_was_dirty_in_between() {
         let check = |power_on, poisoned: Result<u64, &str>, found, expected| {
             let item = "dr0";
-            let poisoned = Poisoning { item: item.into(), result: poisoned.map_err(Into::into) };
+            let result = poisoned.map_err(Into::into);
+            let poisoned = Poisoning { item: item.into(), result, last: false };
             let residue = compare(&[reading(item, power_on)], &[poisoned], &[reading(item, found)]);
             assert_eq!(residue, [Residue { item: item.into(), outcome: expected }]);
         };
@@ -118,6 +120,8 @@ mod tests {
         check(Some(0), Ok(7), Some(8), Outcome::Left(Some(8)));
         check(Some(0), Ok(7), None, Outcome::Left(None));
         check(Some(7), Ok(7), Some(7), same());
+        check(None, Ok(7), Some(7), Outcome::Left(Some(7)));
+        check(None, Ok(7), None, Outcome::NotPoisonable("it cannot be read".into()));
         check(Some(0), Err("no"), Some(9), Outcome::NotPoisonable("no".into()));
     }
 

@@ -1,9 +1,10 @@
 use agent_protocol::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Timings,
+    PmuStatus, Timings, VsockReport,
 };
 
 use super::*;
+use crate::device::virtio::audit::log::Kind;
 
 fn report(life: u32, cause: Cause) -> Report {
     Report {
@@ -15,6 +16,7 @@ fn report(life: u32, cause: Cause) -> Report {
         nmi: NmiReport::default(),
         exceptions: Vec::new(),
         dma: DmaReport::default(),
+        vsock: VsockReport::default(),
         timings: Timings { tsc_entry: 1000, tsc_khz: 2_000_000, ..Timings::default() },
     }
 }
@@ -29,12 +31,16 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
         hello_us: Some(900),
         report: Some(report),
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
+        dma_audit: Vec::new(),
         failure: None,
     }
 }
 
 fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
-    let mut judge = Judge::new(Expectations { pmu: policy, kvm: KvmKind::Svm });
+    let mut judge =
+        Judge::new(Expectations { pmu: policy, kvm: KvmKind::Svm, dma_audit: AuditMode::Off });
     for life in lives {
         judge.hear(life);
     }
@@ -254,6 +260,9 @@ fn a_life_without_report_is_a_finding_of_that_life() {
         hello_us: None,
         report: None,
         residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
+        dma_audit: Vec::new(),
         failure: Some(failure),
     };
     let findings = verdict(PmuPolicy::Off, &[life(1, Cause::PowerOn, |_| {}), dead]);
@@ -261,9 +270,39 @@ fn a_life_without_report_is_a_finding_of_that_life() {
 }
 
 #[test]
+fn violations_of_the_dma_audit_are_findings_by_their_level() {
+    let violation = |name: Kind, count| Violation {
+        level: name.level(),
+        name,
+        device: "vsock".into(),
+        queue: 0,
+        descriptor: None,
+        address: 0,
+        len: 0,
+        count,
+        detail: format!("{name:?}"),
+    };
+    let kinds = [(Kind::OutsideRam, 1), (Kind::Unaligned, 2), (Kind::PackedEventBuffers, 1)];
+    let dma_audit = kinds.map(|(kind, count)| violation(kind, count)).to_vec();
+    let seen = Life { dma_audit, ..life(1, Cause::PowerOn, |_| {}) };
+    let check = |dma_audit, expected: &[&str]| {
+        let pmu = PmuPolicy::Off;
+        let mut judge = Judge::new(Expectations { pmu, kvm: KvmKind::Svm, dma_audit });
+        let findings = judge.hear(&seen).0;
+        assert!(findings.iter().all(|finding| finding.name == "dma-audit"), "{findings:?}");
+        let details: Vec<_> = findings.iter().map(|finding| &finding.detail).collect();
+        assert_eq!(details, expected, "{dma_audit:?}");
+    };
+    check(AuditMode::Off, &[]);
+    check(AuditMode::Report, &["OutsideRam"]);
+    check(AuditMode::Strict, &["OutsideRam", "Unaligned (2 such)"]);
+}
+
+#[test]
 fn the_time_stamp_counter_is_not_judged_where_guests_see_the_hosts() {
     let late = life(1, Cause::PowerOn, |r| r.timings.tsc_entry = u64::MAX / 2);
-    let software = Expectations { pmu: PmuPolicy::Off, kvm: KvmKind::Software };
+    let software =
+        Expectations { pmu: PmuPolicy::Off, kvm: KvmKind::Software, dma_audit: AuditMode::Off };
     let mut judge = Judge::new(software);
     judge.hear(&late);
     assert_eq!(judge.findings(), []);

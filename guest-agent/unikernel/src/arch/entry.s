@@ -68,7 +68,9 @@ first_looking:
     movl %eax, first_look + 68
     movl 0xfee000f0, %eax           # spurious-interrupt vector register, not yet in x2APIC mode
     movl %eax, first_look + 72
-    incl first_look + 76
+    movl 0xfee00130, %eax           # what is in service, by vectors 96 to 127
+    movl %eax, first_look + 76
+    incl first_look + 80
     jmp looked
 
 .code64
@@ -93,16 +95,16 @@ long_mode:
 # alone.
 first_in_ring3:
     fxsave64 early_fpu
-    movq %rbx, first_look + 80
-    movq %rbp, first_look + 88
-    movq %rsi, first_look + 96
-    movq %rdi, first_look + 104
-    movq %r8, first_look + 112
-    movq %r9, first_look + 120
-    movq %r10, first_look + 128
-    movq %r11, first_look + 136
-    movq %r12, first_look + 144
-    movq %r13, first_look + 152
-    movq %r14, first_look + 160
-    movq %r15, first_look + 168
+    movq %rbx, first_look + 88
+    movq %rbp, first_look + 96
+    movq %rsi, first_look + 104
+    movq %rdi, first_look + 112
+    movq %r8, first_look + 120
+    movq %r9, first_look + 128
+    movq %r10, first_look + 136
+    movq %r11, first_look + 144
+    movq %r12, first_look + 152
+    movq %r13, first_look + 160
+    movq %r14, first_look + 168
+    movq %r15, first_look + 176
     jmp {agent}

@@ -1,6 +1,8 @@
 //! What registers held at the first instruction of this life: entry.s looks at those that the way to ring 3 changes if the
 //! command line asks for it, and notes the others in any case.
 
+use agent::residue;
+
 /// The layout is that of entry.s.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -17,7 +19,9 @@ struct FirstLook {
     efer: u32,
     apic_base: u32,
     spurious_vector: u32,
+    in_service: u32,
     looked: u32,
+    unused: u32,
     /// RBX, RBP, RSI, RDI, R8 to R15.
     general: [u64; 12],
 }
@@ -33,7 +37,7 @@ pub const GENERAL: [&str; 12] = [
     "reg.r12", "reg.r13", "reg.r14", "reg.r15",
 ];
 /// Names of what only a first look shows, in the order of [`early`].
-pub const EARLY: [&str; 21] = [
+pub const EARLY: [&str; 22] = [
     "reg.esp",
     "reg.eax",
     "reg.ecx",
@@ -55,6 +59,7 @@ pub const EARLY: [&str; 21] = [
     "cr.efer",
     "lapic.base",
     "lapic.spurious_vector",
+    residue::IN_SERVICE,
 ];
 
 fn look() -> FirstLook {
@@ -68,7 +73,7 @@ pub fn general() -> [u64; 12] {
 }
 
 /// What those of [`EARLY`] held; none without a first look.
-pub fn early() -> Option<[u64; 21]> {
+pub fn early() -> Option<[u64; 22]> {
     let look = Some(look()).filter(|look| look.looked != 0)?;
     // Behind the limit of 16 bits.
     let base = |table: [u8; 8]| u32::from_le_bytes(core::array::from_fn(|i| table[2 + i]));
@@ -78,10 +83,16 @@ pub fn early() -> Option<[u64; 21]> {
         .chain(look.selectors.map(u32::from))
         .chain([base(look.global_table), base(look.interrupt_table)])
         .chain(look.control)
-        .chain([look.efer, look.apic_base, look.spurious_vector]);
-    let mut values = [0; 21];
+        .chain([look.efer, look.apic_base, look.spurious_vector, look.in_service]);
+    let mut values = [0; 22];
     for (value, word) in values.iter_mut().zip(words) {
         *value = word.into();
     }
     Some(values)
+}
+
+/// Whether an interrupt of the earlier life is still being served, as far as a first look shows it.
+pub fn something_is_in_service() -> bool {
+    let look = look();
+    look.looked != 0 && look.in_service != 0
 }

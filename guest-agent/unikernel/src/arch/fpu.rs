@@ -1,6 +1,7 @@
 //! The floating-point unit, which the agent itself has no use for: what it held at first, and what it is poisoned with.
 
 use core::arch::asm;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::gate;
 use super::nucleus::MARK;
@@ -95,27 +96,26 @@ pub fn poison() -> Fpu {
 /// What XSAVE adds: XCR0, and the upper halves of the YMM registers, of which a lower half is looked at.
 #[derive(Clone, Copy)]
 pub struct Extended {
-    /// Bytes of the state that XCR0 enables, by CPUID. The register itself does not do: under a software KVM ring 3 reads
-    /// the host's, and ring 0 cannot.
+    /// Bytes of the state that XCR0 enables, by CPUID.
     pub enabled_bytes: u64,
     /// Bits 128 to 191 of each.
     pub ymm: [u64; 16],
 }
 
-/// x87 alone, as after a reset; and with SSE and AVX.
-const XCR0_X87: u64 = 1;
+/// XCR0 with x87, SSE and AVX.
 const XCR0_AVX: u64 = 7;
 
-/// Reads it; none on a processor without. The agent itself has no use for it, so this can be late. Leaves XCR0 as it is after
-/// a reset, or open.
-pub fn extended() -> Option<Extended> {
-    /// With x87 and SSE alone.
-    const LEGACY_BYTES: u64 = 576;
-    if !gate::has_avx() {
-        return None;
-    }
-    let enabled_bytes = gate::enabled_bytes();
-    gate::set_xsave(true, Some(XCR0_AVX));
+/// What XCR0 enabled before [`extended`] opened it; 0 until then.
+static FOUND_BYTES: AtomicU32 = AtomicU32::new(0);
+
+/// Reads it, on a processor with AVX. The agent itself has no use for it, so this can be late. Leaves XCR0 open.
+pub fn extended() -> Extended {
+    let [before, _] = gate::open_xsave(XCR0_AVX);
+    let found = match FOUND_BYTES.load(Ordering::Relaxed) {
+        0 => before,
+        found => found,
+    };
+    FOUND_BYTES.store(found, Ordering::Relaxed);
     let mut upper = [[0_u64; 2]; 16];
     // SAFETY: writes 256 bytes at `upper`. AVX exists and has just been enabled.
     unsafe {
@@ -132,17 +132,12 @@ pub fn extended() -> Option<Extended> {
             options(nostack, preserves_flags),
         );
     }
-    let after = if enabled_bytes > LEGACY_BYTES { XCR0_AVX } else { XCR0_X87 };
-    gate::set_xsave(false, Some(after));
-    Some(Extended { enabled_bytes, ymm: upper.map(|[low, _]| low) })
+    Extended { enabled_bytes: found.into(), ymm: upper.map(|[low, _]| low) }
 }
 
-/// Gives it other values than it has after a reset, and returns what it holds then.
-pub fn poison_extended() -> Option<Extended> {
-    if !gate::has_avx() {
-        return None;
-    }
-    gate::set_xsave(true, Some(XCR0_AVX));
+/// Gives it other values than it has after a reset, on a processor with AVX, and returns what it holds then.
+pub fn poison_extended() -> Extended {
+    let [_, enabled] = gate::open_xsave(XCR0_AVX);
     let mark = DATA;
     // SAFETY: reads eight bytes at `mark`; the compiler is told which registers change, and knows nothing of their upper
     // halves. AVX exists and has just been enabled.
@@ -164,5 +159,5 @@ pub fn poison_extended() -> Option<Extended> {
             options(nostack, preserves_flags),
         );
     }
-    Some(Extended { enabled_bytes: gate::enabled_bytes(), ymm: [mark; 16] })
+    Extended { enabled_bytes: enabled.into(), ymm: [mark; 16] }
 }

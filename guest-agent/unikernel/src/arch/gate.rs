@@ -5,10 +5,13 @@ use agent::pmu::{MsrOperation, Msrs};
 use agent_protocol::PmuCpuid;
 
 use super::mmio::{Access, RegisterAddress};
+use super::nucleus::DEVICE_VECTOR;
 use super::virtio::VirtioSetUp;
 
 /// Ring 0 cannot be interrupted during a batch, so it is kept short.
-const MAX_ACCESSES: usize = 16;
+pub(super) const MAX_ACCESSES: usize = 32;
+/// How many registers one batch reads, or writes and reads.
+pub(super) const MAX_MSRS: usize = 48;
 
 /// What ring 0 does; the order is that of `gate_services` in gate.s.
 #[derive(Clone, Copy)]
@@ -25,7 +28,9 @@ enum Service {
     WriteDebug,
     ReadSystem,
     PoisonSystem,
-    Xsave,
+    OpenXsave,
+    ReadMsrs,
+    WriteMsrs,
 }
 
 /// Numbers of services, for leave.s.
@@ -61,7 +66,8 @@ pub fn access_registers(accesses: &mut [Access]) {
         access.aim();
     }
     // Of every access one address is that of a register, by `Registers`, and the other that of its own `value`.
-    call(accesses.as_mut_ptr() as u64, accesses.len() as u64, Service::Registers);
+    let count = accesses.len() as u64;
+    call(accesses.as_mut_ptr_range().end as u64, count, Service::Registers);
 }
 
 /// Carries out a set-up of the device whose registers begin here. Returns ring 0's time-stamp counter afterwards.
@@ -97,10 +103,26 @@ impl Msrs for CpuMsrs {
         call(range.start as u64, range.end as u64, Service::Msrs);
     }
 
+    fn read(&mut self, operations: &mut [MsrOperation]) {
+        in_batches(operations, Service::ReadMsrs);
+    }
+
+    fn write_and_read(&mut self, operations: &mut [MsrOperation]) {
+        in_batches(operations, Service::WriteMsrs);
+    }
+
     fn spin(&mut self) {
         for _ in 0..20_000 {
             core::hint::spin_loop();
         }
+    }
+}
+
+/// As [`CpuMsrs::run`], but all operations are of one kind.
+fn in_batches(operations: &mut [MsrOperation], service: Service) {
+    for batch in operations.chunks_mut(MAX_MSRS) {
+        let count = batch.len() as u64;
+        call(batch.as_mut_ptr_range().end as u64, count, service);
     }
 }
 
@@ -181,9 +203,11 @@ pub fn debug_registers() -> DebugRegisters {
     registers
 }
 
-/// Writes the debug registers. With a breakpoint enabled in the last of them the agent would be interrupted by itself.
-pub fn set_debug_registers(registers: &DebugRegisters) {
-    call((&raw const *registers) as u64, 0, Service::WriteDebug);
+/// Writes the debug registers, and returns what they hold then. With a breakpoint enabled in the last of them the agent would be
+/// interrupted by itself.
+pub fn set_debug_registers(mut registers: DebugRegisters) -> DebugRegisters {
+    call((&raw mut registers) as u64, 0, Service::WriteDebug);
+    registers
 }
 
 /// Control registers and those that say where tables are; the layout is that of gate.s.
@@ -231,21 +255,12 @@ pub fn poison_system_registers(cr2: u64) {
     call(cr2, 0, Service::PoisonSystem);
 }
 
-/// Lets ring 3 use XSAVE's instructions, or no more; before that, sets XCR0 if a value is given, which must be one that this
-/// processor takes.
-pub fn set_xsave(enabled: bool, xcr0: Option<u64>) {
-    call(enabled.into(), xcr0.unwrap_or(0), Service::Xsave);
-}
-
-/// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
-pub fn has_avx() -> bool {
-    const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
-    cpuid([1])[0][2] & XSAVE_AND_AVX == XSAVE_AND_AVX
-}
-
-/// Bytes of the state that XCR0 enables now.
-pub fn enabled_bytes() -> u64 {
-    cpuid([0xd])[0][1].into()
+/// Sets XCR0 to a value that this processor takes, and lets ring 3 use the state that it enables. Returns how many bytes of state
+/// were enabled before, and how many are now: under a software KVM ring 3 reads the host's XCR0, and ring 0 cannot.
+pub fn open_xsave(xcr0: u64) -> [u32; 2] {
+    let mut enabled_bytes = [0; 2];
+    call((&raw mut enabled_bytes) as u64, xcr0, Service::OpenXsave);
+    enabled_bytes
 }
 
 /// Has the local APIC deliver overflows of performance counters as NMIs, as Linux's driver does (LVTPC, x2APIC mode).
@@ -253,6 +268,19 @@ pub fn deliver_overflows_as_nmis() {
     const X2APIC_LVT_COUNTERS: u32 = 0x834;
     const NMI: u64 = 0x400;
     CpuMsrs.run(&mut [MsrOperation::write(X2APIC_LVT_COUNTERS, NMI)]);
+}
+
+/// Has the local APIC's timer interrupt once, as a device does. Its clock is taken to be that of KVM and QEMU (1 GHz) divided
+/// by two as a reset leaves it: where it is not, or this is longer than it counts, the caller has to look at the time.
+pub fn interrupt_in(us: u64) {
+    const X2APIC_LVT_TIMER: u32 = 0x832;
+    const X2APIC_INITIAL_COUNT: u32 = 0x838;
+    const TICKS_PER_US: u64 = 500;
+    let count = us.saturating_mul(TICKS_PER_US).clamp(1, u32::MAX.into());
+    CpuMsrs.run(&mut [
+        MsrOperation::write(X2APIC_LVT_TIMER, DEVICE_VECTOR.into()),
+        MsrOperation::write(X2APIC_INITIAL_COUNT, count),
+    ]);
 }
 
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).

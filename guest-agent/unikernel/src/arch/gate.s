@@ -22,7 +22,8 @@ trap_6:
 .balign 8
 gate_services:
     .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
-    .quad gate_read_debug, gate_write_debug, gate_read_system, gate_poison_system, gate_xsave
+    .quad gate_read_debug, gate_write_debug, gate_read_system, gate_poison_system, gate_open_xsave
+    .quad gate_read_msrs, gate_write_msrs
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -39,17 +40,29 @@ gate_wait:
 1:  movl $3, (%rsi)                 # used buffers and configuration changes: the caller looks for both
     iretq
 
-# rdi = an array of `Access`, rsi = how many; at least one. An access copies a 32-bit word between a register and the
-# array itself, so reads and writes need no branch: five instructions each.
+# Batches are unrolled, since a loop would take as many instructions again. All blocks of one have the same length, so they
+# are entered so many before the end as there are items.
+
+# rdi = the end of an array of `Access`, rsi = how many, at most ACCESSES. An access copies a 32-bit word between a register and
+# the array itself, so reads and writes need no branch.
 gate_registers:
     movq %rdi, %rdx
-    movl %esi, %ecx
-1:  movl (%rdx), %esi
-    movl 4(%rdx), %edi
+    imulq $-13, %rsi, %rsi
+    addq $registers_end, %rsi
+    jmpq *%rsi
+registers_start:
+.set left, ACCESSES
+.rept ACCESSES
+    {{disp32}} movl -20 * left(%rdx), %esi
+    {{disp32}} movl -20 * left + 4(%rdx), %edi
     movsl
-    addq $20, %rdx
-    loop 1b
+    .set left, left - 1
+.endr
+registers_end:
     iretq
+.if registers_end - registers_start - 13 * ACCESSES
+    .error "a block of gate_registers is not 13 bytes long"
+.endif
 
 # rdi = registers of a virtio-mmio device, rsi = `VirtioSetUp`: everything from the first look to DRIVER_OK in the order of
 # virtio 1.3, sections 4.2.3 and 3.1.1, as far as the device plays along. As accesses of gate_registers it would take
@@ -114,27 +127,87 @@ rdmsr_site:
     rdmsr
     movl %eax, 8(%rdi)
     movl %edx, 12(%rdi)
-    jmp 2f
+    jmp next_msr
 1:  movl 8(%rdi), %eax
     movl 12(%rdi), %edx
 wrmsr_site:
     wrmsr
-2:  addq $16, %rdi
+next_msr:
+    addq $16, %rdi
     cmpq %rsi, %rdi
     jne gate_msrs
     iretq
 
-# A general-protection fault at one of the two instructions above is an answer, any other is fatal.
+# rdi = the end of an array of `MsrOperation`, rsi = how many, at most MSRS: reads each.
+gate_read_msrs:
+    imulq $-20, %rsi, %rsi
+    addq $read_msrs_end, %rsi
+    jmpq *%rsi
+msr_batches:
+.set left, MSRS
+.rept MSRS
+    {{disp32}} movl -16 * left(%rdi), %ecx
+    rdmsr
+    {{disp32}} movl %eax, -16 * left + 8(%rdi)
+    {{disp32}} movl %edx, -16 * left + 12(%rdi)
+    .set left, left - 1
+.endr
+read_msrs_end:
+    iretq
+.if read_msrs_end - msr_batches - 20 * MSRS
+    .error "a block of gate_read_msrs is not 20 bytes long"
+.endif
+
+# The same, but each is written first.
+gate_write_msrs:
+    imulq $-34, %rsi, %rsi
+    addq $write_msrs_end, %rsi
+    jmpq *%rsi
+write_msrs_start:
+.set left, MSRS
+.rept MSRS
+    {{disp32}} movl -16 * left(%rdi), %ecx
+    {{disp32}} movl -16 * left + 8(%rdi), %eax
+    {{disp32}} movl -16 * left + 12(%rdi), %edx
+    wrmsr
+    rdmsr
+    {{disp32}} movl %eax, -16 * left + 8(%rdi)
+    {{disp32}} movl %edx, -16 * left + 12(%rdi)
+    .set left, left - 1
+.endr
+write_msrs_end:
+    iretq
+.if write_msrs_end - write_msrs_start - 34 * MSRS
+    .error "a block of gate_write_msrs is not 34 bytes long"
+.endif
+
+# A general-protection fault at one of the instructions above is an answer, any other is fatal.
 trap_13:
     cmpq $rdmsr_site, 8(%rsp)
     je 1f
     cmpq $wrmsr_site, 8(%rsp)
     je 1f
-    pushq $13
+    cmpq $msr_batches, 8(%rsp)
+    jb 2f
+    cmpq $write_msrs_end, 8(%rsp)
+    jb 3f
+2:  pushq $13
     jmp trap_fatal
 1:  movb $1, 5(%rdi)
     addq $8, %rsp
-    movq $2b, (%rsp)
+    movq $next_msr, (%rsp)
+    iretq
+# In a batch: whose value it is says the store of its lower half, 6 bytes with the displacement in the last 4, right behind the
+# `rdmsr`. That is left out, also after a `wrmsr` that faulted.
+3:  addq $8, %rsp
+    popq %rax
+    cmpb $0x30, 1(%rax)             # wrmsr
+    jne 4f
+    addq $2, %rax
+4:  addq $2, %rax
+    movslq 2(%rax), %rcx
+    movb $1, -3(%rdi, %rcx)
+    pushq %rax
     iretq
 
 # rdi, rsi = start and end of an array of `CpuidQuery`; at least one.
@@ -153,23 +226,7 @@ gate_cpuid:
     movq %r8, %rbx
     iretq
 
-# rdi = six words for DR0 to DR3, DR6 and DR7.
-gate_read_debug:
-    movq %dr0, %rax
-    movq %rax, (%rdi)
-    movq %dr1, %rax
-    movq %rax, 8(%rdi)
-    movq %dr2, %rax
-    movq %rax, 16(%rdi)
-    movq %dr3, %rax
-    movq %rax, 24(%rdi)
-    movq %dr6, %rax
-    movq %rax, 32(%rdi)
-    movq %dr7, %rax
-    movq %rax, 40(%rdi)
-    iretq
-
-# The same to be written.
+# rdi = six words for DR0 to DR3, DR6 and DR7, which are written and then read.
 gate_write_debug:
     movq (%rdi), %rax
     movq %rax, %dr0
@@ -183,6 +240,21 @@ gate_write_debug:
     movq %rax, %dr6
     movq 40(%rdi), %rax
     movq %rax, %dr7
+
+# The same, but they are only read.
+gate_read_debug:
+    movq %dr0, %rax
+    movq %rax, (%rdi)
+    movq %dr1, %rax
+    movq %rax, 8(%rdi)
+    movq %dr2, %rax
+    movq %rax, 16(%rdi)
+    movq %dr3, %rax
+    movq %rax, 24(%rdi)
+    movq %dr6, %rax
+    movq %rax, 32(%rdi)
+    movq %dr7, %rax
+    movq %rax, 40(%rdi)
     iretq
 
 # rdi = `SystemRegisters`.
@@ -218,22 +290,26 @@ gate_poison_system:
     lldt %ax
     iretq
 
-# Turns CR4.OSXSAVE on, sets XCR0 to rsi if that is not zero, and turns CR4.OSXSAVE off again if rdi is zero.
-gate_xsave:
-    movq %cr4, %r8
-    orq $0x40000, %r8
-    movq %r8, %cr4
-    testl %esi, %esi
-    jz 1f
+# rdi = two words for the bytes of state that XCR0 enables (CPUID leaf 0xd), before and after it is set to rsi. Turns
+# CR4.OSXSAVE on.
+gate_open_xsave:
+    movq %rbx, %r8
+    movl $0xd, %eax
+    xorl %ecx, %ecx
+    cpuid
+    movl %ebx, (%rdi)
+    movq %cr4, %rax
+    orl $0x40000, %eax
+    movq %rax, %cr4
     xorl %ecx, %ecx
     movl %esi, %eax
     xorl %edx, %edx
     xsetbv
-1:  testl %edi, %edi
-    jnz 2f
-    andq $~0x40000, %r8
-    movq %r8, %cr4
-2:  iretq
+    movl $0xd, %eax
+    cpuid
+    movl %ebx, 4(%rdi)
+    movq %r8, %rbx
+    iretq
 
 # An exception that cannot be delivered: shutdown.
 gate_triple:

@@ -38,10 +38,12 @@ leave_by_triple_fault:
     marks
     jmp gate_site
 
-# Halts until the host resets the machine: counters of cycles stand still meanwhile.
+# Tells the host, and halts until it resets the machine: counters of cycles stand still meanwhile.
 .globl leave_to_host
 leave_to_host:
-    movl $SERVICE_STOP, %eax
+    movabsq $MARK, %rax
     movabsq $MARK + 2, %rdx
     marks
+    outb %al, $REST_PORT
+    movl $SERVICE_STOP, %eax
     jmp gate_site

@@ -12,6 +12,8 @@ pub const NMI_RECORDS: usize = 32;
 const LOOK_FIRST: u32 = u32::from_le_bytes(*b"look");
 /// What every general register holds when a poisoned life ends, plus its number.
 pub const MARK: u64 = 0x1eaf_1eaf_1eaf_0000;
+/// Where the host is told that a poisoned life has come to its end.
+const REST_PORT: u8 = 0x80;
 
 global_asm!(
     ".set DEVICE_VECTOR, {device_vector}",
@@ -19,6 +21,9 @@ global_asm!(
     ".set NMI_RECORDS, {nmi_records}",
     ".set LOOK_FIRST, {look_first}",
     ".set MARK, {mark}",
+    ".set REST_PORT, {rest_port}",
+    ".set ACCESSES, {accesses}",
+    ".set MSRS, {msrs}",
     ".set SERVICE_TRIPLE, {triple}",
     ".set SERVICE_STOP, {stop}",
     include_str!("entry.s"),
@@ -32,6 +37,9 @@ global_asm!(
     nmi_records = const NMI_RECORDS,
     look_first = const LOOK_FIRST,
     mark = const MARK,
+    rest_port = const REST_PORT,
+    accesses = const super::gate::MAX_ACCESSES,
+    msrs = const super::gate::MAX_MSRS,
     triple = const super::gate::TRIPLE,
     stop = const super::gate::STOP,
     agent = sym crate::agent_start,

@@ -33,11 +33,7 @@ idt:
 .endr
     no_gate
     interrupt_gate trap_kept        # 33
-.rept 14
-    no_gate
-.endr
-    interrupt_gate trap_kept        # 48
-.rept DEVICE_VECTOR - 49
+.rept DEVICE_VECTOR - 34
     no_gate
 .endr
     interrupt_gate trap_device
@@ -45,6 +41,10 @@ idt:
     no_gate
 .endr
     interrupt_gate trap_spurious
+.rept 97 - SPURIOUS_VECTOR - 1
+    no_gate
+.endr
+    interrupt_gate trap_kept        # 97
 idt_end:
 
 .balign 16
@@ -100,7 +100,7 @@ nmi_by_reason:      .long 0, 0, 0, 0
 nmi_records:        .fill NMI_RECORDS * 3, 8, 0
 .balign 16
 early_fpu:          .fill 512, 1, 0
-first_look:         .fill 176, 1, 0
+first_look:         .fill 184, 1, 0
 
 .balign 16
     .fill 24, 8, 0

@@ -67,7 +67,7 @@ trap_2:
     popq %rax
     iretq
 
-# Vectors 33 and 48 are sent by the residue check alone, one to stay requested and one to stay in service: their end is
+# Vectors 33 and 97 are sent by the residue check alone, one to stay requested and one to stay in service: their end is
 # never told to the local APIC.
 trap_kept:
     iretq

@@ -9,7 +9,7 @@ use virtio_drivers::Result;
 use virtio_drivers::queue::VirtQueue;
 
 use super::BrokenQueue;
-use super::buffer::{DmaBuffer, Pool};
+use super::buffer::{Buffer, DmaBuffer, Pool};
 use super::hal::AgentHal;
 use super::ring_places::RingPlaces;
 use crate::arch::virtio::QueueSetUp;

@@ -4,18 +4,31 @@ use std::time::Duration;
 
 use agent_protocol::Cause;
 
-use crate::cli::{Error, exit};
+use crate::cli::Error;
+use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::exit;
 use crate::machine::{Event, Handle, Stop};
+use crate::verify::DMA_AUDIT;
 
-/// Waits for the end of a guest of the user's and says how it came.
-pub(super) fn follow(machine: &Handle) -> Result<u8, Error> {
-    let (words, status) = describe(wait(machine))?;
+/// Waits for the end of a guest of the user's and says how it came, and what the DMA audit found.
+pub(super) fn follow(machine: &Handle, mode: AuditMode) -> Result<u8, Error> {
+    let stop = wait(machine);
+    let audit = machine.dma_audit().map(DmaAudit::summary);
+    let (words, status) = describe(stop)?;
     eprintln!("cleanslate: {words}");
     let offences = machine.guest_stats().offences();
     if !offences.is_empty() {
         eprintln!("cleanslate: the guest broke rules: {}", offences.join(", "));
     }
-    Ok(status)
+    let Some(audit) = audit else { return Ok(status) };
+    eprintln!("cleanslate: {audit}");
+    for violation in &audit.violations {
+        let word = if mode.forbids(violation.level) { DMA_AUDIT } else { "seen by the DMA audit" };
+        eprintln!("cleanslate: {word}: {violation}");
+    }
+    let is_clean = audit.not_findings(mode).count() == audit.violations.len();
+    // A guest that came to a worse end has its own status.
+    Ok(if status == exit::CLEAN && !is_clean { exit::FINDINGS } else { status })
 }
 
 /// Keeps the machine running for clients until somebody ends it. Then the verdict's `status` stands, unless the guest
@@ -55,7 +68,7 @@ fn wait(machine: &Handle) -> Stop {
             Some(Event::Reset { life, cause, .. }) => {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
-            Some(Event::Nmi(_)) | None => {}
+            Some(Event::Nmi(_) | Event::Rested) | None => {}
         }
     }
 }

@@ -38,7 +38,16 @@ pub(super) fn end(error: &(dyn std::error::Error + 'static)) {
         Some(EndError::Killed(_)) => End::Killed,
         None => End::Failed,
     };
-    let line = Line::End { how, detail: chain(error) };
+    say(&Line::End { how, detail: chain(error) });
+}
+
+/// Says what the user should know before the machine runs.
+pub(super) fn notice(what: &str) {
+    say(&Line::Notice { text: what.into() });
+}
+
+/// Writes a line outside of the machine's process.
+fn say(line: &Line) {
     // Whoever does not listen any more has seen the end.
-    let _ = std::io::stdout().lock().write_all(text(&line).as_bytes());
+    let _ = std::io::stdout().lock().write_all(text(line).as_bytes());
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::lines;
 use crate::device::pmu::Shape;
+use crate::device::virtio::audit::{AuditMode, AuditSummary};
 use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
@@ -33,8 +34,18 @@ pub(super) struct Summary<'a> {
     #[serde(skip_serializing_if = "Faults::is_empty")]
     injected: &'a Faults,
     guest: GuestStats,
+    /// What the DMA audit saw in all lives, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dma_audit: Option<Audit>,
     /// Findings that this host cannot show, with the reason.
     unchecked: Vec<(&'static str, &'static str)>,
+}
+
+#[derive(Debug, Serialize)]
+struct Audit {
+    mode: AuditMode,
+    #[serde(flatten)]
+    summary: AuditSummary,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,6 +89,9 @@ impl<'a> Summary<'a> {
             pmu: Pmu { policy: expectations.pmu, absence: machine.pmu_absence(), shape },
             injected: &config.faults,
             guest: machine.guest_stats(),
+            dma_audit: machine
+                .dma_audit()
+                .map(|audit| Audit { mode: expectations.dma_audit, summary: audit.summary() }),
             unchecked: expectations.unchecked(),
         }
     }
@@ -232,6 +246,12 @@ impl Output {
                 "residue check of the last life: {} clean, {unknown} not poisonable here",
                 plural(reset, "item", "items")
             );
+        }
+        if let Some(audit) = &summary.dma_audit {
+            let _ = writeln!(text, "{}", audit.summary);
+            for violation in audit.summary.not_findings(audit.mode) {
+                let _ = writeln!(text, "seen by the DMA audit: {violation}");
+            }
         }
         if !summary.injected.is_empty() {
             let names: Vec<_> = summary.injected.iter().map(Fault::name).collect();

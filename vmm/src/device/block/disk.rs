@@ -14,8 +14,7 @@ use vm_memory::VolatileSlice;
 
 use super::request::{Extent, SECTOR};
 use crate::device::virtio::chain::Chain;
-use crate::memory::GuestRam;
-use crate::memory::file_io::{read_at, write_at};
+use crate::memory::{GuestRam, Pieces};
 
 /// The most that one system call moves, in bytes: between two, a request can be cancelled.
 const MOST_BYTES: u64 = 1 << 20;
@@ -151,7 +150,8 @@ impl Disk {
     ) -> (u64, io::Result<()>) {
         let start = chain.readable_len();
         in_steps(extent, cancelled, |offset, done, len| {
-            read_at(&self.file, offset, chain.slices(ram, (start + done) as usize, len as usize))
+            let slices = chain.slices(ram, (start + done) as usize, len as usize);
+            Pieces::new(slices).read_at(&self.file, offset)
         })
     }
 
@@ -166,7 +166,7 @@ impl Disk {
     ) -> io::Result<()> {
         let (_, result) = in_steps(extent, cancelled, |offset, done, len| {
             let slices = chain.slices(ram, (start + done) as usize, len as usize);
-            write_at(&self.file, offset, slices, is_durable)
+            Pieces::new(slices).write_at(&self.file, offset, is_durable)
         });
         result
     }
@@ -205,7 +205,7 @@ impl Disk {
                 let piece = (len - start).min(zeroes.len() as u64) as usize;
                 zeroes.subslice(0, piece).expect("no longer than the whole")
             });
-            write_at(&self.file, offset, pieces, false)
+            Pieces::new(pieces).write_at(&self.file, offset, false)
         });
         result
     }

@@ -16,8 +16,9 @@ use virtio_bindings::bindings::virtio_mmio::{
 };
 use virtio_queue::{Queue, QueueT};
 
+use super::audit::DeviceAudit;
 use super::stale::StaleRequest;
-use super::{Driver, F_ACCESS_PLATFORM, F_VERSION_1, Interrupt, VirtioDevice};
+use super::{Driver, DriverQueue, F_ACCESS_PLATFORM, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{self, Effect};
 use crate::device::ioapic::Pin;
 use crate::memory::GuestRam;
@@ -103,6 +104,8 @@ pub struct Mmio<D: VirtioDevice + ?Sized> {
     /// Feature bits on offer that are not the device's but the transport's.
     transport_features: u64,
     refused_writes: u64,
+    /// Whoever looks at the driver's buffers.
+    audit: Option<DeviceAudit>,
     /// The device itself. Last, so that a shared `Mmio<Vsock>` can be a shared `Mmio<dyn VirtioDevice>` too.
     pub device: D,
 }
@@ -114,7 +117,20 @@ impl<D: VirtioDevice> Mmio<D> {
         let registers = Registers::power_on(device.queue_max_sizes());
         let interrupt = Arc::new(InterruptLine { status: AtomicU32::new(0), pin });
         let transport_features = if dma_platform { F_ACCESS_PLATFORM } else { 0 };
-        Self { registers, ram, interrupt, transport_features, refused_writes: 0, device }
+        Self {
+            registers,
+            ram,
+            interrupt,
+            transport_features,
+            refused_writes: 0,
+            audit: None,
+            device,
+        }
+    }
+
+    /// Has `audit` look at every buffer that a driver posts.
+    pub fn with_audit(self, audit: Option<DeviceAudit>) -> Self {
+        Self { audit, ..self }
     }
 }
 
@@ -126,6 +142,7 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
     /// Power-on state, of the device too.
     pub fn reset(&mut self) {
         self.device.reset();
+        self.audit.iter().for_each(DeviceAudit::end);
         self.registers = Registers::power_on(self.device.queue_max_sizes());
         self.interrupt.status.store(0, Ordering::SeqCst);
     }
@@ -144,6 +161,7 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
     pub fn notify(&mut self, queue: u32) {
         match u16::try_from(queue) {
             Ok(index) if usize::from(index) < self.registers.queues.len() => {
+                self.audit.iter().for_each(DeviceAudit::look);
                 self.device.handle_queue(index);
             }
             _ => self.refused_writes += 1,
@@ -270,10 +288,18 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
     }
 
     fn activate(&mut self) {
+        let audit = self.audit.as_ref();
+        audit.iter().for_each(|audit| {
+            audit.begin(self.registers.driver_features, &self.registers.queues);
+        });
+        let queues = (0..).zip(&self.registers.queues).map(|(index, queue)| DriverQueue {
+            queue: copy_of(queue),
+            audit: audit.map(|audit| audit.queue(index)),
+        });
         let driver = Driver {
             ram: self.ram.clone(),
             features: self.registers.driver_features,
-            queues: self.registers.queues.iter().map(copy_of).collect(),
+            queues: queues.collect(),
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
         };
         self.device.activate(driver);

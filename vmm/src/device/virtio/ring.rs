@@ -6,6 +6,8 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::DriverQueue;
+use super::audit::QueueAudit;
 use super::chain::{Chain, Direction};
 use crate::memory::GuestRam;
 
@@ -29,16 +31,19 @@ pub struct Ring {
     listening: bool,
     /// There are completions that the driver may want to hear of.
     unsignalled: bool,
+    /// Whoever looks at the driver's buffers.
+    audit: Option<QueueAudit>,
 }
 
 impl Ring {
     /// Takes a queue that the driver has set up; `None` if it left the queue alone.
     pub fn new(
-        mut queue: Queue,
+        queue: impl Into<DriverQueue>,
         direction: Direction,
         ram: &GuestRam,
         event_idx: bool,
     ) -> Result<Option<Self>, BrokenRing> {
+        let DriverQueue { mut queue, audit } = queue.into();
         if !queue.ready() {
             return Ok(None);
         }
@@ -47,7 +52,7 @@ impl Ring {
         }
         queue.set_event_idx(event_idx);
         let chain = Chain::new(direction, queue.size());
-        Ok(Some(Self { queue, chain, listening: true, unsignalled: false }))
+        Ok(Some(Self { queue, chain, listening: true, unsignalled: false, audit }))
     }
 
     /// Number of descriptors.
@@ -70,6 +75,9 @@ impl Ring {
                 self.queue.disable_notification(ram)?;
                 self.listening = false;
             }
+            if let Some(audit) = &self.audit {
+                audit.look();
+            }
             let walked = self.chain.walk(ram, descriptors);
             if walked.is_ok() && self.chain.len() >= min_len as u64 {
                 return Ok(true);
@@ -78,6 +86,18 @@ impl Ring {
             self.complete(ram, 0)?;
         }
         Ok(false)
+    }
+
+    /// Takes the next chain if there is one and it is such as [`Ring::take`] gives; any other stays where it is. All that were
+    /// taken since the last completion can then be put back.
+    pub fn take_sound(&mut self, ram: &GuestRam, min_len: usize) -> Result<bool, BrokenRing> {
+        let Some(descriptors) = self.queue.iter(ram)?.next() else { return Ok(false) };
+        let walked = self.chain.walk(ram, descriptors);
+        let is_sound = walked.is_ok() && self.chain.len() >= min_len as u64;
+        if !is_sound {
+            self.put_back();
+        }
+        Ok(is_sound)
     }
 
     /// The chain that was taken last.
@@ -106,6 +126,10 @@ impl Ring {
     }
 
     fn add_used(&mut self, ram: &GuestRam, head: u16, len: u32) -> Result<(), BrokenRing> {
+        // Before the driver can know of it, and post it again.
+        if let Some(audit) = &self.audit {
+            audit.release(head);
+        }
         self.queue.add_used(ram, head, len)?;
         self.unsignalled = true;
         Ok(())

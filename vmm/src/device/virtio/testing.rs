@@ -104,7 +104,7 @@ impl<D: VirtioDevice + Events> TestDriver<D> {
         self.device.activate(Driver {
             ram: self.ram.clone(),
             features,
-            queues: vec![queue],
+            queues: vec![queue.into()],
             interrupt: self.interrupts.clone(),
         });
         self.run();

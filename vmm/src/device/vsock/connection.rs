@@ -1,10 +1,10 @@
-//! The protocol of one stream connection (virtio 1.2, section 5.10.6): what the guest may send in which state, and
+//! The protocol of one connection (virtio 1.2, section 5.10.6): what the guest may send in which state, and
 //! what is due to it.
 //!
 //! Pure: knows no descriptor, socket or queue. What the host's socket has to do comes back as a [`Verdict`].
 
-use super::credit::{BUF_ALLOC, Credit};
-use super::packet::{ConnectionKey, GuestCid, Header, Op, Shutdown};
+use super::credit::Credit;
+use super::packet::{ConnectionKey, END_OF_MESSAGE, GuestCid, Header, Op, Shutdown, SocketType};
 
 /// Where a connection is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,7 @@ pub enum Violation {
 pub struct Connection {
     guest: GuestCid,
     key: ConnectionKey,
+    socket_type: SocketType,
     phase: Phase,
     credit: Credit,
     guest_shutdown: Shutdown,
@@ -68,13 +69,19 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection that the host asks for.
-    pub fn request(guest: GuestCid, key: ConnectionKey) -> Self {
+    /// A connection that the host asks for, with `buf_alloc` bytes of buffer for what comes from the guest.
+    pub fn request(
+        guest: GuestCid,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        buf_alloc: u32,
+    ) -> Self {
         Self {
             guest,
             key,
+            socket_type,
             phase: Phase::Requesting { delivered: false },
-            credit: Credit::default(),
+            credit: Credit::new(buf_alloc),
             guest_shutdown: Shutdown::default(),
             host_shutdown: Shutdown::default(),
             told_shutdown: Shutdown::default(),
@@ -84,8 +91,15 @@ impl Connection {
     }
 
     /// A connection that the guest asked for with the packet `request`, and gets.
-    pub fn accept(guest: GuestCid, key: ConnectionKey, request: &Header) -> Self {
-        let mut connection = Self { phase: Phase::Accepting, ..Self::request(guest, key) };
+    pub fn accept(
+        guest: GuestCid,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        buf_alloc: u32,
+        request: &Header,
+    ) -> Self {
+        let connection = Self::request(guest, key, socket_type, buf_alloc);
+        let mut connection = Self { phase: Phase::Accepting, ..connection };
         // Nothing was sent yet, so the only count that is not a lie is 0; a guest that says otherwise loses the
         // connection with its first packet, as any other liar.
         let _ = connection.credit.guest_says(request.buf_alloc, request.fwd_cnt);
@@ -160,6 +174,21 @@ impl Connection {
             return Verdict::Nothing;
         }
         Verdict::Payload
+    }
+
+    /// What it carries.
+    pub fn socket_type(&self) -> SocketType {
+        self.socket_type
+    }
+
+    /// Size of the host's buffer in bytes: the guest can have sent no more than that.
+    pub fn host_alloc(&self) -> u32 {
+        self.credit.host_alloc()
+    }
+
+    /// Size of the guest's buffer in bytes: a longer message would never be complete there.
+    pub fn guest_alloc(&self) -> u32 {
+        self.credit.guest_alloc()
     }
 
     /// Counts `len` bytes of payload as passed on to the host's socket.
@@ -254,8 +283,8 @@ impl Connection {
     }
 
     /// Builds the packet that [`Connection::due`] named, and counts it as sent. `len` is the length of the payload in
-    /// bytes, at most [`Connection::payload_room`].
-    pub fn packet(&mut self, op: Op, len: u32) -> Header {
+    /// bytes, at most [`Connection::payload_room`]; `ends_message` says that a message ends with it.
+    pub fn packet(&mut self, op: Op, len: u32, ends_message: bool) -> Header {
         match op {
             Op::Request => self.phase = Phase::Requesting { delivered: true },
             Op::Response => self.phase = Phase::Established,
@@ -268,10 +297,14 @@ impl Connection {
         self.update_asked = false;
         Header {
             len,
-            flags: if op == Op::Shutdown { self.host_shutdown.flags() } else { 0 },
-            buf_alloc: BUF_ALLOC,
+            flags: match op {
+                Op::Shutdown => self.host_shutdown.flags(),
+                Op::ReadWrite if ends_message => END_OF_MESSAGE,
+                _ => 0,
+            },
+            buf_alloc: self.credit.host_alloc(),
             fwd_cnt: self.credit.tell(),
-            ..Header::to_guest(self.guest, self.key, op)
+            ..Header::to_guest(self.guest, self.key, self.socket_type, op)
         }
     }
 }

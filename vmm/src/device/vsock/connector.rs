@@ -34,7 +34,7 @@ impl VsockConnector {
     pub fn connect(&self, port: GuestPort) -> io::Result<UnixStream> {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
-        self.inbox.push(port, far)?;
+        self.inbox.push(port, far.into())?;
         Ok(near)
     }
 }
@@ -43,7 +43,7 @@ impl VsockConnector {
 #[derive(Debug)]
 pub struct Inbox {
     /// `None` once the device is gone.
-    requests: Mutex<Option<VecDeque<(GuestPort, UnixStream)>>>,
+    requests: Mutex<Option<VecDeque<(GuestPort, OwnedFd)>>>,
     event: OwnedFd,
 }
 
@@ -63,7 +63,7 @@ impl Inbox {
     }
 
     /// Takes all requests that have come so far.
-    pub fn take(&self) -> VecDeque<(GuestPort, UnixStream)> {
+    pub fn take(&self) -> VecDeque<(GuestPort, OwnedFd)> {
         // It fails only when nobody has written, which is no reason not to look.
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         self.lock().as_mut().map(std::mem::take).unwrap_or_default()
@@ -74,10 +74,10 @@ impl Inbox {
         *self.lock() = None;
     }
 
-    fn push(&self, port: GuestPort, stream: UnixStream) -> io::Result<()> {
+    fn push(&self, port: GuestPort, socket: OwnedFd) -> io::Result<()> {
         match self.lock().as_mut() {
             Some(requests) if requests.len() < MAX_CONNECTIONS => {
-                requests.push_back((port, stream));
+                requests.push_back((port, socket));
             }
             Some(_) => return Err(io::ErrorKind::QuotaExceeded.into()),
             None => return Err(io::ErrorKind::NotConnected.into()),
@@ -86,7 +86,7 @@ impl Inbox {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<(GuestPort, UnixStream)>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<(GuestPort, OwnedFd)>>> {
         // The queue is whole at every point where a thread could have died.
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,21 +1,19 @@
 //! Flow control of one connection (virtio 1.2, section 5.10.6.3): counters that wrap, in both directions.
 
-/// Bytes that the host buffers for the guest on each connection: the `buf_alloc` of every packet to it.
+/// Most bytes that the host buffers for the guest on one connection: the `buf_alloc` of packets to it.
 pub const BUF_ALLOC: u32 = 256 * 1024;
-
-/// The guest hears of free space once it believes in less than this…
-const LOW_WATER: u32 = BUF_ALLOC / 2;
-/// …and there is at least this much news, so that a slow reader does not cause one packet for each byte. Below the low
-/// water mark an empty buffer is always that much news, hence a guest never waits for an update that does not come.
-const WORTH_TELLING: u32 = BUF_ALLOC / 4;
+/// The same where there are many connections.
+pub const SMALL_BUF_ALLOC: u32 = 16 * 1024;
 
 /// The guest sent what its credit did not cover, or took bytes that it was never sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreditViolation;
 
-/// Counters of one connection. All of them count bytes since its start, modulo 2³².
-#[derive(Clone, Copy, Debug, Default)]
+/// Counters of one connection. All but the sizes count bytes since its start, modulo 2³².
+#[derive(Clone, Copy, Debug)]
 pub struct Credit {
+    /// Size of the host's buffer.
+    host_alloc: u32,
     /// Size of the guest's buffer, as it last said.
     guest_alloc: u32,
     /// What the guest has taken out of its buffer, as it last said.
@@ -31,6 +29,29 @@ pub struct Credit {
 }
 
 impl Credit {
+    /// Counters of a new connection on which the host buffers `host_alloc` bytes. Of the guest's buffer nothing is known.
+    pub fn new(host_alloc: u32) -> Self {
+        Self {
+            host_alloc,
+            guest_alloc: 0,
+            guest_forwarded: 0,
+            sent: 0,
+            received: 0,
+            forwarded: 0,
+            told: 0,
+        }
+    }
+
+    /// Size of the host's buffer in bytes.
+    pub fn host_alloc(&self) -> u32 {
+        self.host_alloc
+    }
+
+    /// Size of the guest's buffer in bytes, as it last said.
+    pub fn guest_alloc(&self) -> u32 {
+        self.guest_alloc
+    }
+
     /// Takes in what a packet says about the guest's buffer.
     pub fn guest_says(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), CreditViolation> {
         self.guest_alloc = buf_alloc;
@@ -57,7 +78,7 @@ impl Credit {
 
     /// Counts `len` bytes from the guest.
     pub fn received(&mut self, len: u32) -> Result<(), CreditViolation> {
-        if len > BUF_ALLOC - self.buffered() {
+        if len > self.host_alloc - self.buffered() {
             return Err(CreditViolation);
         }
         self.received = self.received.wrapping_add(len);
@@ -69,15 +90,18 @@ impl Credit {
         self.forwarded = self.forwarded.wrapping_add(len);
     }
 
-    /// Bytes received from the guest and not passed on yet; never more than [`BUF_ALLOC`].
+    /// Bytes received from the guest and not passed on yet; never more than [`Credit::host_alloc`].
     pub fn buffered(&self) -> u32 {
         self.received.wrapping_sub(self.forwarded)
     }
 
-    /// True if the guest should hear of the space that was freed since it last did.
+    /// True if the guest should hear of the space that was freed since it last did: once it believes in less than half of
+    /// the buffer, and there is a quarter of news, so that a slow reader does not cause one packet for each byte. With less than
+    /// half left an empty buffer is always that much news, hence a guest never waits for an update that does not come.
     pub fn update_due(&self) -> bool {
-        let guest_believes = BUF_ALLOC.saturating_sub(self.received.wrapping_sub(self.told));
-        guest_believes < LOW_WATER && self.forwarded.wrapping_sub(self.told) >= WORTH_TELLING
+        let guest_believes = self.host_alloc.saturating_sub(self.received.wrapping_sub(self.told));
+        let news = self.forwarded.wrapping_sub(self.told);
+        guest_believes < self.host_alloc / 2 && news >= self.host_alloc / 4
     }
 
     /// Gives the `fwd_cnt` for a packet to the guest, and remembers that it was told.
@@ -90,12 +114,12 @@ impl Credit {
     #[cfg(test)]
     pub fn starting_at(start: u32) -> Self {
         Self {
-            guest_alloc: 0,
             guest_forwarded: start,
             sent: start,
             received: start,
             forwarded: start,
             told: start,
+            ..Self::new(BUF_ALLOC)
         }
     }
 }
@@ -103,6 +127,9 @@ impl Credit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LOW_WATER: u32 = BUF_ALLOC / 2;
+    const WORTH_TELLING: u32 = BUF_ALLOC / 4;
 
     /// Where counters start, so that each claim holds with and without a wrap on the way.
     const STARTS: [u32; 4] = [0, 1 << 31, u32::MAX - 10, u32::MAX];
@@ -177,10 +204,14 @@ mod tests {
 
     #[test]
     fn a_sender_that_uses_all_its_credit_is_never_left_without_an_update() {
-        for packet in [1, 7, 4096, 65536, BUF_ALLOC] {
-            let mut credit = Credit::starting_at(u32::MAX - 100_000);
-            let (mut guest_believes, mut updates) = (BUF_ALLOC, 0);
-            for _ in 0..2 * BUF_ALLOC / packet + 2 {
+        for (size, packet) in [1, 7, 4096, 65536, BUF_ALLOC]
+            .map(|packet| (BUF_ALLOC, packet))
+            .into_iter()
+            .chain([1, 7, 4096, SMALL_BUF_ALLOC].map(|packet| (SMALL_BUF_ALLOC, packet)))
+        {
+            let mut credit = Credit { host_alloc: size, ..Credit::starting_at(u32::MAX - 100_000) };
+            let (mut guest_believes, mut updates) = (size, 0);
+            for _ in 0..2 * size / packet + 2 {
                 let len = packet.min(guest_believes);
                 assert!(len > 0, "stalled with packets of {packet}");
                 credit.received(len).unwrap();
@@ -188,7 +219,7 @@ mod tests {
                 credit.forwarded(len);
                 if credit.update_due() {
                     credit.tell();
-                    guest_believes = BUF_ALLOC;
+                    guest_believes = size;
                     updates += 1;
                 }
             }

@@ -3,16 +3,15 @@
 //! Knows no queue: packets come and go through [`Host::receive`] and [`Host::send`] in `traffic.rs`.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::clients::Clients;
+use super::clients::{Clients, Decided};
 use super::connection::Connection;
 use super::connector::{Inbox, VsockConnector};
 use super::endpoint::{Endpoint, Origin};
-use super::packet::{ConnectionKey, GuestCid, GuestPort, Header};
+use super::packet::{ConnectionKey, GuestCid, GuestPort, Header, SocketType};
 use super::poll::{Event, Interest, Poller, Token};
 use super::stats::VsockStats;
 use super::table::Table;
@@ -22,7 +21,9 @@ use super::unix::{Listener, VsockError};
 #[derive(Debug)]
 pub struct Host {
     pub(super) cid: GuestCid,
-    poller: Poller,
+    /// The guest knows sockets for messages, as far as it has said so yet.
+    pub(super) seqpacket: bool,
+    pub(super) poller: Poller,
     pub(super) clients: Clients,
     inbox: Arc<Inbox>,
     pub(super) table: Table,
@@ -47,6 +48,7 @@ impl Host {
         poller.add(&inbox, Token::Wake, Interest::READABLE).map_err(VsockError::Events)?;
         Ok(Self {
             cid,
+            seqpacket: true,
             clients: Clients::new(listener, &poller)?,
             poller,
             inbox,
@@ -74,7 +76,9 @@ impl Host {
         let Ok(events) = self.poller.poll() else { return };
         for event in events {
             match event.token {
-                Token::Listener => self.clients.accept(&self.poller, self.patience),
+                Token::Listener(socket_type) => {
+                    self.clients.accept(socket_type, &self.poller, self.patience);
+                }
                 Token::Wake => self.take_requests(),
                 Token::Timer => self.expire(),
                 Token::Client(slot) => self.read_client(slot),
@@ -85,22 +89,31 @@ impl Host {
     }
 
     fn take_requests(&mut self) {
-        for (port, stream) in self.inbox.take() {
-            self.request(port, stream, Origin::Monitor);
+        for (port, socket) in self.inbox.take() {
+            self.request(port, socket, SocketType::Stream, Origin::Monitor);
         }
     }
 
     fn read_client(&mut self, slot: u32) {
-        if let Some((stream, port)) = self.clients.read(slot, &self.poller) {
-            self.request(port, stream, Origin::Client);
+        if let Some(Decided { socket, socket_type, port }) = self.clients.read(slot, &self.poller) {
+            self.request(port, socket, socket_type, Origin::Client);
         }
     }
 
-    /// Asks the guest for a connection on behalf of `stream`.
-    fn request(&mut self, port: GuestPort, stream: UnixStream, origin: Origin) {
-        let endpoint = self.table.free_key(port).and_then(|key| {
-            let connection = Connection::request(self.cid, key);
-            Some((key, Endpoint::new(key, connection, origin, stream, &self.poller).ok()?))
+    /// Asks the guest for a connection on behalf of `socket`.
+    fn request(
+        &mut self,
+        port: GuestPort,
+        socket: OwnedFd,
+        socket_type: SocketType,
+        origin: Origin,
+    ) {
+        let is_known = socket_type == SocketType::Stream || self.seqpacket;
+        let key = self.table.free_key(port).filter(|_| is_known);
+        let endpoint = key.and_then(|key| {
+            let buf_alloc = self.table.buf_alloc();
+            let connection = Connection::request(self.cid, key, socket_type, buf_alloc);
+            Some((key, Endpoint::new(key, connection, origin, socket, &self.poller).ok()?))
         });
         let Some((key, mut endpoint)) = endpoint else {
             self.stats.connections_refused += 1;
@@ -114,13 +127,19 @@ impl Host {
     }
 
     /// Opens a connection for the guest's request `request`. `None` if that is not possible.
-    pub(super) fn accept(&mut self, key: ConnectionKey, request: &Header) -> Option<()> {
+    pub(super) fn accept(
+        &mut self,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        request: &Header,
+    ) -> Option<()> {
         if self.table.is_full() {
             return None;
         }
-        let stream = self.clients.dial(key.host).ok()?;
-        let connection = Connection::accept(self.cid, key, request);
-        let endpoint = Endpoint::new(key, connection, Origin::Guest, stream, &self.poller).ok()?;
+        let socket = self.clients.dial(key.host, socket_type).ok()?;
+        let buf_alloc = self.table.buf_alloc();
+        let connection = Connection::accept(self.cid, key, socket_type, buf_alloc, request);
+        let endpoint = Endpoint::new(key, connection, Origin::Guest, socket, &self.poller).ok()?;
         self.table.insert(key, endpoint);
         self.stats.connections_opened += 1;
         Some(())
@@ -198,13 +217,33 @@ impl Host {
         }
     }
 
-    /// Ends everything but the listener: connections, requests that wait, clients on their way.
-    pub fn reset(&mut self) {
-        drop(self.inbox.take());
+    /// A driver runs. If it knows no sockets for messages, those who wait for one wait in vain.
+    pub fn start(&mut self, seqpacket: bool) {
+        self.seqpacket = seqpacket;
+        if !seqpacket {
+            let messages =
+                |endpoint: &Endpoint| endpoint.connection.socket_type() == SocketType::Seqpacket;
+            let waiting = self.table.iter().filter(|(_, endpoint)| messages(endpoint));
+            for key in waiting.map(|(key, _)| key).collect::<Vec<_>>() {
+                self.table.remove(key);
+                self.stats.connections_refused += 1;
+            }
+        }
+    }
+
+    /// Ends all connections without a word to the guest.
+    pub fn drop_connections(&mut self) {
         self.table.clear();
         self.refusals.clear();
         self.touched.clear();
+    }
+
+    /// Ends everything but the listener: connections, requests that wait, clients on their way.
+    pub fn reset(&mut self) {
+        drop(self.inbox.take());
+        self.drop_connections();
         self.clients.clear(&self.poller);
+        self.seqpacket = true;
     }
 }
 

@@ -4,14 +4,43 @@
 
 use virtio_vsock::packet::PKT_HEADER_SIZE;
 
+use super::poll::{FIRST_PARTED, PORT_ANY};
+
 /// The host's own context identifier (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u64 = 2;
 
 /// Length of a header in bytes.
 pub const HEADER_LEN: usize = PKT_HEADER_SIZE;
 
-/// Type of a stream socket (virtio 1.2, section 5.10.6).
-pub const TYPE_STREAM: u16 = 1;
+/// The flag `VIRTIO_VSOCK_SEQ_EOM`: the packet's payload ends a message (virtio 1.2, section 5.10.6.6). Beside it there is
+/// `VIRTIO_VSOCK_SEQ_EOR`, which marks messages that end a record; a Unix socket cannot carry it.
+pub const END_OF_MESSAGE: u32 = 1;
+
+/// What a connection carries (virtio 1.2, section 5.10.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketType {
+    /// Bytes in order.
+    Stream,
+    /// Messages in order, each with its boundaries.
+    Seqpacket,
+}
+
+impl SocketType {
+    fn parse(raw: u16) -> Option<Self> {
+        match raw {
+            1 => Some(Self::Stream),
+            2 => Some(Self::Seqpacket),
+            _ => None,
+        }
+    }
+
+    fn raw(self) -> u16 {
+        match self {
+            Self::Stream => 1,
+            Self::Seqpacket => 2,
+        }
+    }
+}
 
 /// The guest's context identifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +73,14 @@ pub struct ConnectionKey {
     pub host: HostPort,
     /// Port on the guest's side.
     pub guest: GuestPort,
+}
+
+impl ConnectionKey {
+    /// A key for a connection that is over for the guest while its last bytes wait for a slow reader: its own key is free
+    /// for another. No packet has such a key; the lower 31 bits of `number` tell one from the other.
+    pub fn parted(number: u32) -> Self {
+        Self { host: HostPort(PORT_ANY), guest: GuestPort(FIRST_PARTED | number) }
+    }
 }
 
 /// What a packet is for (virtio 1.2, section 5.10.6).
@@ -93,7 +130,7 @@ impl Op {
     }
 }
 
-/// The directions that a SHUTDOWN closes, seen from its sender (virtio 1.2, section 5.10.6.6).
+/// The directions that a SHUTDOWN closes, seen from its sender (virtio 1.2, section 5.10.6.5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shutdown {
     /// The sender will receive no more.
@@ -139,11 +176,11 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of payload after the header.
     pub len: u32,
-    /// Socket type, see [`TYPE_STREAM`].
+    /// Socket type, see [`SocketType`].
     pub socket_type: u16,
     /// Operation, see [`Op`].
     pub op: u16,
-    /// Flags; they mean something for SHUTDOWN only.
+    /// Flags; they mean something for SHUTDOWN, and for payload of messages.
     pub flags: u32,
     /// Sender's buffer space in bytes, free or not.
     pub buf_alloc: u32,
@@ -154,9 +191,9 @@ pub struct Header {
 /// What a packet from the guest turns out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// A stream packet for the connection named.
-    Stream(ConnectionKey, Op),
-    /// Not for a stream socket of this host; the reply is this RST.
+    /// A packet for the connection named.
+    Packet(ConnectionKey, SocketType, Op),
+    /// Not for a socket of this host; the reply is this RST.
     Refuse(Header),
     /// Not worth a reply: a forged sender, or an RST for something that does not exist.
     Ignore,
@@ -199,26 +236,26 @@ impl Header {
         bytes
     }
 
-    /// Judges a packet that the guest `guest` sent.
+    /// Judges a packet that the guest `guest` sent. Messages are a socket type only if `seqpacket` was negotiated.
     ///
     /// An unknown socket type or operation is answered with an RST (virtio 1.2, sections 5.10.6.1 and 5.10.6.4), and
     /// so is a context identifier that is not the host's, lest a `connect` in the guest hang.
-    pub fn parse(&self, guest: GuestCid) -> Parsed {
+    pub fn parse(&self, guest: GuestCid, seqpacket: bool) -> Parsed {
         let op = Op::parse(self.op);
         if self.src_cid != guest.get() {
             return Parsed::Ignore;
         }
-        if self.dst_cid != HOST_CID || self.socket_type != TYPE_STREAM {
+        let socket_type = SocketType::parse(self.socket_type)
+            .filter(|&socket_type| socket_type == SocketType::Stream || seqpacket);
+        let Some(socket_type) = socket_type.filter(|_| self.dst_cid == HOST_CID) else {
             return match op {
                 Some(Op::Reset) => Parsed::Ignore,
                 _ => Parsed::Refuse(self.reset_reply()),
             };
-        }
+        };
+        let key = ConnectionKey { host: HostPort(self.dst_port), guest: GuestPort(self.src_port) };
         match op {
-            Some(op) => Parsed::Stream(
-                ConnectionKey { host: HostPort(self.dst_port), guest: GuestPort(self.src_port) },
-                op,
-            ),
+            Some(op) => Parsed::Packet(key, socket_type, op),
             None => Parsed::Refuse(self.reset_reply()),
         }
     }
@@ -236,14 +273,14 @@ impl Header {
         }
     }
 
-    /// A stream packet from the host to the guest, without payload, flags or credit yet.
-    pub fn to_guest(guest: GuestCid, key: ConnectionKey, op: Op) -> Self {
+    /// A packet from the host to the guest, without payload, flags or credit yet.
+    pub fn to_guest(guest: GuestCid, key: ConnectionKey, socket_type: SocketType, op: Op) -> Self {
         Self {
             src_cid: HOST_CID,
             dst_cid: guest.get(),
             src_port: key.host.0,
             dst_port: key.guest.0,
-            socket_type: TYPE_STREAM,
+            socket_type: socket_type.raw(),
             op: op.raw(),
             ..Self::default()
         }
@@ -261,7 +298,7 @@ mod tests {
             src_port: 0x0102_0304,
             dst_port: 0xfffe_fdfc,
             len: 77,
-            socket_type: TYPE_STREAM,
+            socket_type: 1,
             op: 5,
             flags: 0x8000_0001,
             buf_alloc: 0x1122_3344,
@@ -304,21 +341,26 @@ mod tests {
         let refuse = |header: Header| Parsed::Refuse(header.reset_reply());
         let unknown_op = Header { op: 8, ..base };
         let no_op = Header { op: 0, ..base };
-        let other_type = Header { socket_type: 2, ..base };
+        let message = Header { socket_type: 2, ..base };
+        let other_type = Header { socket_type: 3, ..base };
         let other_host = Header { dst_cid: 9, ..base };
         for (header, expected) in [
-            (base, Parsed::Stream(key, Op::ReadWrite)),
-            (Header { op: 3, ..base }, Parsed::Stream(key, Op::Reset)),
+            (base, Parsed::Packet(key, SocketType::Stream, Op::ReadWrite)),
+            (Header { op: 3, ..base }, Parsed::Packet(key, SocketType::Stream, Op::Reset)),
+            (message, Parsed::Packet(key, SocketType::Seqpacket, Op::ReadWrite)),
             (unknown_op, refuse(unknown_op)),
             (no_op, refuse(no_op)),
             (other_type, refuse(other_type)),
             (other_host, refuse(other_host)),
-            (Header { op: 3, socket_type: 2, ..base }, Parsed::Ignore),
+            (Header { op: 3, socket_type: 0, ..base }, Parsed::Ignore),
             (Header { src_cid: 4, ..base }, Parsed::Ignore),
             (Header { src_cid: 1 << 32 | 3, ..base }, Parsed::Ignore),
         ] {
-            assert_eq!(header.parse(guest()), expected, "{header:?}");
+            assert_eq!(header.parse(guest(), true), expected, "{header:?}");
         }
+        // Not negotiated.
+        assert_eq!(message.parse(guest(), false), refuse(message));
+        assert_eq!(Header { op: 3, ..message }.parse(guest(), false), Parsed::Ignore);
     }
 
     #[test]

@@ -9,19 +9,22 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
-use super::packet::{ConnectionKey, GuestPort, HostPort};
+use super::packet::{ConnectionKey, GuestPort, HostPort, SocketType};
 
 /// Most events that one call handles; the rest are still there at the next.
 const MAX_EVENTS: usize = 64;
 
-/// The port number that means "any" and that no connection has; it marks the tokens below.
+/// The port number that means "any": no connection that the guest knows has it on the host's side. It marks the tokens below.
 pub const PORT_ANY: u32 = u32::MAX;
+
+/// From here on the guest's port belongs to a connection even beside [`PORT_ANY`]; see [`ConnectionKey::parted`].
+pub const FIRST_PARTED: u32 = 1 << 31;
 
 /// What a registered descriptor is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
-    /// The listening socket.
-    Listener,
+    /// The listening socket for clients of a type.
+    Listener(SocketType),
     /// Something to pick up: a connection asked for in-process, or work left over from an earlier call.
     Wake,
     /// Some deadline has passed.
@@ -36,20 +39,22 @@ impl Token {
     fn to_u64(self) -> u64 {
         let (high, low) = match self {
             Self::Connection(key) => (key.host.0, key.guest.0),
-            Self::Listener => (PORT_ANY, 0),
-            Self::Wake => (PORT_ANY, 1),
-            Self::Timer => (PORT_ANY, 2),
-            Self::Client(slot) => (PORT_ANY, 3 + slot),
+            Self::Listener(SocketType::Stream) => (PORT_ANY, 0),
+            Self::Listener(SocketType::Seqpacket) => (PORT_ANY, 1),
+            Self::Wake => (PORT_ANY, 2),
+            Self::Timer => (PORT_ANY, 3),
+            Self::Client(slot) => (PORT_ANY, 4 + slot),
         };
         u64::from(high) << 32 | u64::from(low)
     }
 
     fn from_u64(raw: u64) -> Self {
         match ((raw >> 32) as u32, raw as u32) {
-            (PORT_ANY, 0) => Self::Listener,
-            (PORT_ANY, 1) => Self::Wake,
-            (PORT_ANY, 2) => Self::Timer,
-            (PORT_ANY, slot) => Self::Client(slot - 3),
+            (PORT_ANY, 0) => Self::Listener(SocketType::Stream),
+            (PORT_ANY, 1) => Self::Listener(SocketType::Seqpacket),
+            (PORT_ANY, 2) => Self::Wake,
+            (PORT_ANY, 3) => Self::Timer,
+            (PORT_ANY, slot @ 4..FIRST_PARTED) => Self::Client(slot - 4),
             (host, guest) => {
                 Self::Connection(ConnectionKey { host: HostPort(host), guest: GuestPort(guest) })
             }
@@ -73,7 +78,7 @@ impl Interest {
 
     fn flags(self) -> epoll::EventFlags {
         let mut flags = epoll::EventFlags::empty();
-        flags.set(epoll::EventFlags::IN, self.readable);
+        flags.set(epoll::EventFlags::IN | epoll::EventFlags::RDHUP, self.readable);
         flags.set(epoll::EventFlags::OUT, self.writable);
         // A hang-up cannot be masked and lasts for ever: without the edge it would spin.
         flags.set(epoll::EventFlags::ET, flags.is_empty());
@@ -90,6 +95,8 @@ pub struct Event {
     pub readable: bool,
     /// There is room to write.
     pub writable: bool,
+    /// The other end sends no more; there may be bytes left to read.
+    pub peer_done: bool,
     /// The other end is gone in both directions, or failed.
     pub hung_up: bool,
 }
@@ -147,6 +154,7 @@ impl Poller {
                 token: Token::from_u64(event.data.u64()),
                 readable: flags.contains(epoll::EventFlags::IN),
                 writable: flags.contains(epoll::EventFlags::OUT),
+                peer_done: flags.contains(epoll::EventFlags::RDHUP),
                 hung_up: flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR),
             }
         }))
@@ -196,13 +204,16 @@ mod tests {
     fn tokens_survive_the_kernel() {
         let key = |host, guest| ConnectionKey { host: HostPort(host), guest: GuestPort(guest) };
         for token in [
-            Token::Listener,
+            Token::Listener(SocketType::Stream),
+            Token::Listener(SocketType::Seqpacket),
             Token::Wake,
             Token::Timer,
             Token::Client(0),
             Token::Client(127),
             Token::Connection(key(0, 0)),
             Token::Connection(key(PORT_ANY - 1, PORT_ANY)),
+            Token::Connection(ConnectionKey::parted(0)),
+            Token::Connection(ConnectionKey::parted(u32::MAX)),
             Token::Connection(key(1 << 30, 1024)),
         ] {
             assert_eq!(Token::from_u64(token.to_u64()), token);

@@ -2,11 +2,16 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use super::credit::{BUF_ALLOC, SMALL_BUF_ALLOC};
 use super::endpoint::Endpoint;
 use super::packet::{ConnectionKey, GuestPort, HostPort};
 
 /// Most connections that exist at once.
 pub const MAX_CONNECTIONS: usize = 4000;
+
+/// Connections that may have the large buffer at a time. The others have the small one, so that a guest or clients that never
+/// read can make the host keep no more than some 80 MiB, and the kernel half as much again.
+const MAX_LARGE: usize = 64;
 
 /// Where the ports of connections that the host opens begin; Firecracker's clients know them from there.
 const FIRST_HOST_PORT: u32 = 1 << 30;
@@ -17,12 +22,21 @@ pub struct Table {
     endpoints: HashMap<ConnectionKey, Endpoint>,
     ready: VecDeque<ConnectionKey>,
     next_host_port: u32,
+    next_parted: u32,
+    /// Connections with the large buffer.
+    large: usize,
 }
 
 impl Table {
     /// An empty table.
     pub fn new() -> Self {
-        Self { endpoints: HashMap::new(), ready: VecDeque::new(), next_host_port: FIRST_HOST_PORT }
+        Self {
+            endpoints: HashMap::new(),
+            ready: VecDeque::new(),
+            next_host_port: FIRST_HOST_PORT,
+            next_parted: 0,
+            large: 0,
+        }
     }
 
     /// True if no connection can be added.
@@ -46,8 +60,26 @@ impl Table {
         }
     }
 
+    /// A key that is not in use for a connection that has lost its own.
+    pub fn parted_key(&mut self) -> ConnectionKey {
+        // Ends after at most MAX_CONNECTIONS numbers in use.
+        loop {
+            let key = ConnectionKey::parted(self.next_parted);
+            self.next_parted = self.next_parted.wrapping_add(1);
+            if !self.endpoints.contains_key(&key) {
+                return key;
+            }
+        }
+    }
+
+    /// Bytes that the host buffers for the guest on the next connection.
+    pub fn buf_alloc(&self) -> u32 {
+        if self.large < MAX_LARGE { BUF_ALLOC } else { SMALL_BUF_ALLOC }
+    }
+
     /// Adds a connection under a key that is free.
     pub fn insert(&mut self, key: ConnectionKey, endpoint: Endpoint) {
+        self.large += usize::from(endpoint.connection.host_alloc() == BUF_ALLOC);
         self.endpoints.insert(key, endpoint);
     }
 
@@ -58,9 +90,17 @@ impl Table {
 
     /// Forgets a connection; its socket closes.
     pub fn remove(&mut self, key: ConnectionKey) {
-        if self.endpoints.remove(&key).is_some_and(|endpoint| endpoint.queued) {
+        drop(self.take(key));
+    }
+
+    /// Takes a connection out.
+    pub fn take(&mut self, key: ConnectionKey) -> Option<Endpoint> {
+        let mut endpoint = self.endpoints.remove(&key)?;
+        self.large -= usize::from(endpoint.connection.host_alloc() == BUF_ALLOC);
+        if std::mem::take(&mut endpoint.queued) {
             self.ready.retain(|&queued| queued != key);
         }
+        Some(endpoint)
     }
 
     /// Lets a connection speak to the guest when its turn comes.
@@ -81,6 +121,11 @@ impl Table {
         Some((key, endpoint))
     }
 
+    /// The connection that [`Table::dequeue`] would take.
+    pub fn first_ready(&self) -> Option<&Endpoint> {
+        self.endpoints.get(self.ready.front()?)
+    }
+
     /// True if some connection waits for its turn.
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()
@@ -95,6 +140,7 @@ impl Table {
     pub fn clear(&mut self) {
         self.endpoints = HashMap::new();
         self.ready = VecDeque::new();
+        self.large = 0;
     }
 }
 
@@ -104,9 +150,16 @@ mod tests {
 
     use super::super::connection::Connection;
     use super::super::endpoint::Origin;
-    use super::super::packet::GuestCid;
+    use super::super::packet::{GuestCid, SocketType};
     use super::super::poll::Poller;
     use super::*;
+
+    fn endpoint(key: ConnectionKey, buf_alloc: u32, poller: &Poller) -> Endpoint {
+        let cid = GuestCid::new(3).unwrap();
+        let connection = Connection::request(cid, key, SocketType::Stream, buf_alloc);
+        let (socket, _) = UnixStream::pair().unwrap();
+        Endpoint::new(key, connection, Origin::Monitor, socket.into(), poller).unwrap()
+    }
 
     #[test]
     fn ports_in_use_are_passed_over_when_the_numbers_come_round() {
@@ -114,11 +167,7 @@ mod tests {
         let mut table = Table::new();
         let take = |table: &mut Table, guest| {
             let key = table.free_key(GuestPort(guest)).unwrap();
-            let connection = Connection::request(GuestCid::new(3).unwrap(), key);
-            let (stream, _) = UnixStream::pair().unwrap();
-            let endpoint =
-                Endpoint::new(key, connection, Origin::Monitor, stream, &poller).unwrap();
-            table.insert(key, endpoint);
+            table.insert(key, endpoint(key, BUF_ALLOC, &poller));
             key.host.0 - FIRST_HOST_PORT
         };
         assert_eq!((take(&mut table, 7), take(&mut table, 7)), (0, 1));
@@ -127,5 +176,29 @@ mod tests {
         assert_eq!(take(&mut table, 7), 2);
         table.next_host_port = FIRST_HOST_PORT;
         assert_eq!(take(&mut table, 8), 0, "another port of the guest is another connection");
+    }
+
+    #[test]
+    fn large_buffers_go_to_so_many_connections_at_a_time() {
+        let poller = Poller::new().unwrap();
+        let mut table = Table::new();
+        let keys: Vec<_> = (0..MAX_LARGE + 5)
+            .map(|_| {
+                let key = table.free_key(GuestPort(1)).unwrap();
+                table.insert(key, endpoint(key, table.buf_alloc(), &poller));
+                key
+            })
+            .collect();
+        let size = |table: &mut Table, index: usize| {
+            table.get_mut(keys[index]).unwrap().connection.host_alloc()
+        };
+        assert_eq!(size(&mut table, MAX_LARGE - 1), BUF_ALLOC);
+        assert_eq!(size(&mut table, MAX_LARGE), SMALL_BUF_ALLOC);
+        table.remove(keys[MAX_LARGE + 1]);
+        assert_eq!(table.buf_alloc(), SMALL_BUF_ALLOC);
+        table.remove(keys[3]);
+        assert_eq!(table.buf_alloc(), BUF_ALLOC);
+        table.clear();
+        assert_eq!((table.buf_alloc(), table.large), (BUF_ALLOC, 0));
     }
 }

@@ -5,7 +5,7 @@ mod driver;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-pub use self::driver::{BUFFER_LEN, TestDriver};
+pub use self::driver::{BUFFER_LEN, EVENT_BUFFERS, TestDriver};
 
 /// A directory of its own for one test, removed with everything in it.
 pub struct TempDir(PathBuf);

@@ -3,14 +3,16 @@
 mod close;
 mod connect;
 mod data;
+mod events;
 mod hostile;
+mod messages;
 mod reset;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use super::packet::{ConnectionKey, GuestPort, Header, HostPort, Op, Shutdown};
+use super::packet::{ConnectionKey, GuestPort, Header, HostPort, Op, Shutdown, SocketType};
 use super::testing::{TempDir, TestDriver};
 use super::{GuestCid, Listener, Vsock};
 

@@ -2,10 +2,13 @@
 
 use super::connection::{Verdict, Violation};
 use super::host::Host;
-use super::packet::{ConnectionKey, HEADER_LEN, Header, Op, Parsed};
+use super::packet::{ConnectionKey, END_OF_MESSAGE, HEADER_LEN, Header, Op, Parsed, SocketType};
 use super::poll::PORT_ANY;
 use crate::device::virtio::chain::Chain;
 use crate::memory::GuestRam;
+
+/// Most buffers that one connection uses before others have their turn: 64 KiB of Linux's.
+pub const BURST: usize = 16;
 
 /// Most refusals that wait for the guest to post buffers. Beyond that, its packets wait instead.
 pub const MAX_REFUSALS: usize = 128;
@@ -25,8 +28,10 @@ impl Host {
         }
         self.stats.packets_to_host += 1;
         let header = Header::from_bytes(&bytes);
-        match header.parse(self.cid) {
-            Parsed::Stream(key, op) => self.receive_stream(key, op, &header, ram, chain),
+        match header.parse(self.cid, self.seqpacket) {
+            Parsed::Packet(key, socket_type, op) => {
+                self.receive_packet(key, socket_type, op, &header, ram, chain);
+            }
             Parsed::Refuse(reply) => {
                 self.stats.bad_packets += 1;
                 self.refusals.push_back(reply);
@@ -35,7 +40,50 @@ impl Host {
         }
     }
 
-    fn receive_stream(
+    fn receive_packet(
+        &mut self,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        op: Op,
+        header: &Header,
+        ram: &GuestRam,
+        chain: &Chain,
+    ) {
+        if key.host.0 == PORT_ANY {
+            return self.receive_unknown(key, socket_type, op, header);
+        }
+        if op == Op::Request {
+            self.make_way(key);
+        }
+        match self.table.get_mut(key).map(|endpoint| endpoint.connection.socket_type()) {
+            None => self.receive_unknown(key, socket_type, op, header),
+            Some(its_type) if its_type == socket_type => {
+                self.receive_known(key, op, header, ram, chain);
+            }
+            // A pair of ports has one connection, whatever its type, and this packet is not of it.
+            Some(_) => {
+                self.stats.bad_packets += 1;
+                if op != Op::Reset {
+                    self.refusals.push_back(header.reset_reply());
+                }
+            }
+        }
+    }
+
+    /// The guest may use a pair of ports again as soon as it is done with it, though a slow reader still has bytes to come.
+    fn make_way(&mut self, key: ConnectionKey) {
+        let is_over =
+            self.table.get_mut(key).is_some_and(|endpoint| endpoint.connection.has_ended());
+        if is_over && let Some(mut endpoint) = self.table.take(key) {
+            let parted = self.table.parted_key();
+            // It fails for a bad descriptor alone; without events the endpoint would never end.
+            if endpoint.rename(parted, &self.poller).is_ok() {
+                self.table.insert(parted, endpoint);
+            }
+        }
+    }
+
+    fn receive_known(
         &mut self,
         key: ConnectionKey,
         op: Op,
@@ -43,9 +91,7 @@ impl Host {
         ram: &GuestRam,
         chain: &Chain,
     ) {
-        let Some(endpoint) = self.table.get_mut(key) else {
-            return self.receive_unknown(key, op, header);
-        };
+        let Some(endpoint) = self.table.get_mut(key) else { return };
         match endpoint.connection.receive(op, header) {
             Verdict::Nothing | Verdict::Shutdown => {}
             Verdict::Accepted => endpoint.accepted(&mut self.stats),
@@ -56,11 +102,12 @@ impl Host {
             }
             Verdict::Payload => {
                 self.stats.bytes_to_host += u64::from(header.len);
-                endpoint.receive_payload(ram, chain, header.len);
+                let ends_message = header.flags & END_OF_MESSAGE != 0;
+                endpoint.receive_payload(ram, chain, header.len, ends_message, &mut self.stats);
             }
             Verdict::Refused => {
                 self.stats.connections_refused += 1;
-                endpoint.drop_stream();
+                endpoint.drop_socket();
             }
             Verdict::Reset => endpoint.ended_by_guest(&mut self.stats),
             Verdict::Violation(Violation::Credit) => {
@@ -80,10 +127,16 @@ impl Host {
     }
 
     /// A packet for a connection that does not exist.
-    fn receive_unknown(&mut self, key: ConnectionKey, op: Op, header: &Header) {
+    fn receive_unknown(
+        &mut self,
+        key: ConnectionKey,
+        socket_type: SocketType,
+        op: Op,
+        header: &Header,
+    ) {
         match op {
             Op::Request => {
-                if key.host.0 == PORT_ANY || self.accept(key, header).is_none() {
+                if key.host.0 == PORT_ANY || self.accept(key, socket_type, header).is_none() {
                     self.stats.connections_refused += 1;
                     self.refusals.push_back(header.reset_reply());
                 } else {
@@ -101,12 +154,22 @@ impl Host {
         !self.refusals.is_empty() || self.table.has_ready()
     }
 
-    /// Puts the next packet for the guest into `chain`, which has room for a header and more. Gives the number of bytes
-    /// written, or `None` if there is nothing to say.
-    pub fn send(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
-        let len = self.send_refusal(ram, chain).or_else(|| self.send_next(ram, chain))?;
-        self.stats.packets_to_guest += 1;
-        Some(len)
+    /// How many buffers [`Host::send`] may use, at least one.
+    pub fn buffers_wanted(&mut self) -> usize {
+        let wants_many =
+            self.refusals.is_empty() && self.table.first_ready().is_some_and(|next| next.is_bulk);
+        if wants_many { BURST } else { 1 }
+    }
+
+    /// Puts the next packets for the guest, if there are any, into the first of `chains`, of which each has room for a header
+    /// and more. Gives the number of bytes written to each in `lens`.
+    pub fn send(&mut self, ram: &GuestRam, chains: &[Chain], lens: &mut Vec<u32>) {
+        if let Some(len) = chains.first().and_then(|chain| self.send_refusal(ram, chain)) {
+            lens.push(len);
+        } else {
+            self.send_next(ram, chains, lens);
+        }
+        self.stats.packets_to_guest += lens.len() as u64;
     }
 
     fn send_refusal(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
@@ -115,14 +178,11 @@ impl Host {
         Some(HEADER_LEN as u32)
     }
 
-    fn send_next(&mut self, ram: &GuestRam, chain: &Chain) -> Option<u32> {
-        loop {
-            let (key, endpoint) = self.table.dequeue()?;
-            let sent = endpoint.send(ram, chain, self.patience, &mut self.stats);
+    fn send_next(&mut self, ram: &GuestRam, chains: &[Chain], lens: &mut Vec<u32>) {
+        while lens.is_empty() {
+            let Some((key, endpoint)) = self.table.dequeue() else { return };
+            endpoint.send(ram, chains, lens, self.patience, &mut self.stats);
             self.follow_up(key);
-            if sent.is_some() {
-                return sent;
-            }
         }
     }
 }

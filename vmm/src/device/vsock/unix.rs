@@ -1,22 +1,26 @@
 //! Unix sockets in Firecracker's convention: a listener at `PATH` for clients that want to reach the guest, and
-//! `PATH_N` for the host's port N.
+//! `PATH_N` for the host's port N. Beyond it, another listener for clients that send messages (`SOCK_SEQPACKET`).
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, accept_with, bind, connect, listen};
 
-use super::packet::{GuestPort, HostPort};
+use super::packet::{GuestPort, HostPort, SocketType};
 
 /// Longest path of a Unix socket in bytes: `sun_path` less its terminator (unix(7)).
 const MAX_PATH_LEN: usize = 107;
 
 /// Longest line that a client may send before it is connected, in bytes, with its line feed.
 pub const MAX_LINE: usize = 32;
+
+/// Clients that may wait to be accepted; the system's limit is lower (listen(2)).
+const CLIENTS_WAITING: i32 = i32::MAX;
+
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
 /// Why a vsock device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -73,34 +77,32 @@ impl SocketFile {
     }
 }
 
-/// The listening socket, and the path next to which host ports have theirs.
+/// The listening sockets, and the path next to which host ports have theirs.
 #[derive(Debug)]
 pub struct Listener {
-    socket: UnixListener,
+    streams: OwnedFd,
+    messages: Option<OwnedFd>,
     path: PathBuf,
 }
 
 impl Listener {
-    /// Listens at `path`, which must not exist.
+    /// Listens for streams at `path`, which must not exist.
     ///
     /// # Errors
     /// [`VsockError`] but for the last one.
     pub fn bind(path: &Path) -> Result<(Self, SocketFile), VsockError> {
-        let len = path.as_os_str().len();
-        if len > MAX_PATH_LEN {
-            return Err(VsockError::PathTooLong { path: path.into(), len });
-        }
-        let failed = |source: io::Error| match source.kind() {
-            // Whether somebody listens there or did so in the past: removing what another process may be about to use
-            // is the user's decision.
-            io::ErrorKind::AddrInUse => VsockError::PathInUse { path: path.into() },
-            _ => VsockError::Listen { path: path.into(), source },
-        };
-        let socket = UnixListener::bind(path).map_err(failed)?;
-        let metadata = path.symlink_metadata().map_err(failed)?;
-        let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
-        socket.set_nonblocking(true).map_err(failed)?;
-        Ok((Self { socket, path: path.into() }, file))
+        let (streams, file) = listen_at(path, SocketType::Stream)?;
+        Ok((Self { streams, messages: None, path: path.into() }, file))
+    }
+
+    /// Listens for messages too, at `path`, which must not exist.
+    ///
+    /// # Errors
+    /// As [`Listener::bind`].
+    pub fn bind_messages(&mut self, path: &Path) -> Result<SocketFile, VsockError> {
+        let (messages, file) = listen_at(path, SocketType::Seqpacket)?;
+        self.messages = Some(messages);
+        Ok(file)
     }
 
     /// The same listener in a process that sees the socket's directory as `directory`.
@@ -109,29 +111,79 @@ impl Listener {
         Self { path: directory.join(name), ..self }
     }
 
-    /// Takes the next client, if one waits.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        let (stream, _) = self.socket.accept()?;
-        stream.set_nonblocking(true)?;
-        Ok(stream)
+    /// The sockets that clients connect to, each with what its clients send.
+    pub fn sockets(&self) -> impl Iterator<Item = (SocketType, BorrowedFd<'_>)> {
+        let messages = self.messages.iter().map(|socket| (SocketType::Seqpacket, socket.as_fd()));
+        std::iter::once((SocketType::Stream, self.streams.as_fd())).chain(messages)
     }
 
-    /// Connects to whoever listens for the host's port `port`. Does not wait: a listener whose backlog is full counts
-    /// as absent.
-    pub fn dial(&self, port: HostPort) -> io::Result<UnixStream> {
-        let mut path = OsString::from(&self.path);
-        path.push(format!("_{}", port.0));
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &SocketAddrUnix::new(Path::new(&path))?)?;
-        Ok(socket.into())
+    /// Takes the next client of a type, if one waits. Its socket does not block.
+    pub fn accept(&self, socket_type: SocketType) -> io::Result<OwnedFd> {
+        let socket = match socket_type {
+            SocketType::Stream => &self.streams,
+            SocketType::Seqpacket => self.messages.as_ref().ok_or(io::ErrorKind::WouldBlock)?,
+        };
+        Ok(accept_with(socket, FLAGS)?)
+    }
+
+    /// Connects to whoever listens for the host's port `port`, which is a socket of the same type. Does not wait: a listener
+    /// whose backlog is full counts as absent.
+    pub fn dial(&self, port: HostPort, socket_type: SocketType) -> io::Result<OwnedFd> {
+        let socket = new_socket(socket_type)?;
+        connect(&socket, &SocketAddrUnix::new(path_of(&self.path, port))?)?;
+        Ok(socket)
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+/// Where the host's port `port` is for the machine whose socket is at `path`.
+fn path_of(path: &Path, port: HostPort) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(format!("_{}", port.0));
+    name.into()
+}
+
+/// Listens on the host's port `port` for the machine whose socket is at `path`, in place of a service that the guest reaches. The
+/// listening socket does not block.
+///
+/// # Errors
+/// [`VsockError`] but for the last one.
+pub fn listen_on_host_port(
+    path: &Path,
+    port: HostPort,
+    socket_type: SocketType,
+) -> Result<(OwnedFd, SocketFile), VsockError> {
+    listen_at(&path_of(path, port), socket_type)
+}
+
+fn listen_at(path: &Path, socket_type: SocketType) -> Result<(OwnedFd, SocketFile), VsockError> {
+    let len = path.as_os_str().len();
+    if len > MAX_PATH_LEN {
+        return Err(VsockError::PathTooLong { path: path.into(), len });
     }
+    let failed = |source: io::Error| match source.kind() {
+        // Whether somebody listens there or did so in the past: removing what another process may be about to use
+        // is the user's decision.
+        io::ErrorKind::AddrInUse => VsockError::PathInUse { path: path.into() },
+        _ => VsockError::Listen { path: path.into(), source },
+    };
+    let bound = || {
+        let socket = new_socket(socket_type)?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(socket)
+    };
+    let socket = bound().map_err(failed)?;
+    let metadata = path.symlink_metadata().map_err(failed)?;
+    let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
+    listen(&socket, CLIENTS_WAITING).map_err(|errno| failed(errno.into()))?;
+    Ok((socket, file))
+}
+
+fn new_socket(socket_type: SocketType) -> io::Result<OwnedFd> {
+    let socket_type = match socket_type {
+        SocketType::Stream => rustix::net::SocketType::STREAM,
+        SocketType::Seqpacket => rustix::net::SocketType::SEQPACKET,
+    };
+    Ok(rustix::net::socket_with(AddressFamily::UNIX, socket_type, FLAGS, None)?)
 }
 
 impl Drop for SocketFile {
@@ -168,6 +220,8 @@ pub fn accepted_line(port: HostPort) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::device::vsock::testing::TempDir;
 

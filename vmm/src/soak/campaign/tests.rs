@@ -1,56 +1,82 @@
 use super::*;
 
-fn plan() -> Plan {
-    Plan {
-        vms: 1,
-        first_vm: 1,
-        resets: Some(10),
-        duration: None,
-        keep_going: false,
-        seed: 42,
-        silence: Duration::from_secs(1),
-        arguments: vec!["--poison".into()],
-    }
+fn shell(script: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]);
+    command
 }
 
-fn end(change: impl FnOnce(&mut Slot), wait_status: i32) -> Option<&'static str> {
-    let mut slot = Slot::new(&plan(), 1);
-    change(&mut slot);
-    slot.judge_end(ExitStatus::from_raw(wait_status), &[]).map(|(name, _)| name)
+/// Runs a soak of such processes, and returns how it ended and the names of what was found.
+fn soak(plan: &Plan, command: fn(&[String]) -> Command) -> (Option<Ending>, Vec<String>) {
+    let (outbox, inbox) = sync_channel(256);
+    let mut names = Vec::new();
+    let mut listener = |news: News| {
+        if let News::Life(_, life) | News::Process(_, life, _) = news {
+            names.extend(life.findings.iter().map(|found| found.name.clone()));
+        }
+        ControlFlow::Continue(())
+    };
+    let ended = Campaign::new(plan, command, outbox, &mut listener).lead(&inbox);
+    (ended.ok(), names)
 }
 
-/// A wait status as the kernel gives it for an exit.
-fn exited(code: u8) -> i32 {
-    i32::from(code) << 8
+const LIFE: &str = r#"echo '{"line":"life","life":1,"cause":"host","findings":[]}'"#;
+
+#[test]
+fn a_flood_is_one_finding() {
+    let check = |command: fn(&[String]) -> Command| {
+        for (keep_going, expected) in [(false, Ending::Finding), (true, Ending::Complete)] {
+            let plan = Plan { keep_going, ..Plan::example() };
+            let (ending, names) = soak(&plan, command);
+            assert_eq!((ending, names), (Some(expected), vec!["vm-failed".into()]));
+        }
+    };
+    check(|_| shell("exec yes nonsense"));
+    // Of what it could say, more than there can be.
+    check(|_| shell(r#"exec yes '{"line":"notice","text":""}'"#));
+    // It goes on after its end: somebody else has its output.
+    check(|_| shell("setsid yes nonsense & exec yes nonsense"));
 }
 
 #[test]
-fn an_end_is_a_finding_unless_it_was_wanted_or_comes_with_a_verdict() {
-    let verdict = |slot: &mut Slot| slot.verdict = true;
-    let asked = |slot: &mut Slot| slot.asked = true;
-    let killed = |slot: &mut Slot| slot.killed = true;
-    let said = |how| move |slot: &mut Slot| slot.end = Some((how, String::new()));
-    assert_eq!(end(verdict, exited(0)), None);
-    assert_eq!(end(verdict, exited(1)), None);
-    assert_eq!(end(|_| {}, exited(0)), Some("vm-failed"));
-    assert_eq!(end(|_| {}, exited(2)), Some("vm-failed"));
-    assert_eq!(end(|_| {}, exited(130)), Some("vm-killed"));
-    assert_eq!(end(asked, exited(130)), None);
-    assert_eq!(end(asked, 15), None);
-    assert_eq!(end(asked, 9), Some("vm-killed"));
-    assert_eq!(end(|_| {}, 15), Some("vm-killed"));
-    assert_eq!(end(killed, 9), None);
-    assert_eq!(end(said(End::OutOfMemory), exited(2)), Some("vm-out-of-memory"));
-    assert_eq!(end(said(End::Killed), exited(2)), Some("vm-killed"));
-    assert_eq!(end(said(End::ForbiddenCall), exited(2)), Some("vm-forbidden-call"));
-    assert_eq!(end(said(End::Failed), exited(2)), Some("vm-failed"));
+fn one_that_is_told_to_end_and_talks_on_is_killed() {
+    const SCRIPT: &str =
+        r#"trap "" TERM; exec yes '{"line":"life","life":1,"cause":"host","findings":[]}'"#;
+    let duration = Some(Duration::from_millis(1));
+    let plan = Plan { resets: None, duration, ..Plan::example() };
+    let (outbox, inbox) = sync_channel(256);
+    let mut listener = |_: News| ControlFlow::Continue(());
+    let command: fn(&[String]) -> Command = |_| shell(SCRIPT);
+    let ended = Campaign::new(&plan, command, outbox, &mut listener).lead(&inbox);
+    assert_eq!(ended.unwrap(), Ending::TimeUp);
 }
 
 #[test]
-fn a_replay_has_the_seed_of_its_process() {
-    let plan = plan();
-    let words = plan.replay(1, 0, 5);
-    let seed = seed_of(42, 1, 0).to_string();
-    assert_eq!(words, ["run", "--resets", "5", "--seed", &seed, "--poison"]);
-    assert_ne!(plan.replay(1, 1, 5)[4], seed);
+fn a_process_that_never_lived_is_an_error_and_one_that_did_is_a_finding() {
+    assert_eq!(soak(&Plan::example(), |_| shell("exit 2")), (None, Vec::new()));
+    let (ending, names) = soak(&Plan::example(), |_| shell(&format!("{LIFE}; exit 2")));
+    assert_eq!((ending, names), (Some(Ending::Finding), vec!["vm-failed".into()]));
+}
+
+#[test]
+fn one_that_cannot_be_ended_is_given_up() {
+    // What has its output lives in a session of its own, and is not killed with it.
+    let plan = Plan { silence: Duration::from_millis(100), ..Plan::example() };
+    let began = Instant::now();
+    let (ending, names) = soak(&plan, |_| shell("setsid sleep 60 & exec sleep 60"));
+    assert_eq!((ending, names), (Some(Ending::Finding), vec!["vm-hung".into()]));
+    assert!(began.elapsed() < Duration::from_secs(60), "it was waited for");
+}
+
+#[test]
+fn a_soak_ends_with_the_last_who_hears_of_it() {
+    let (outbox, inbox) = sync_channel(256);
+    let mut listener = |news: News| match news {
+        News::Life(..) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let plan = Plan::example();
+    let command = |_: &[String]| shell(&format!("{LIFE}; exec sleep 20"));
+    let ended = Campaign::new(&plan, command, outbox, &mut listener).lead(&inbox);
+    assert_eq!(ended.unwrap(), Ending::Interrupted);
 }

@@ -1,9 +1,10 @@
 //! `--html`: one page that needs nothing else, neither scripts nor files.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::plot::Plot;
-use super::{Report, escape};
+use super::{Report, Verdict, escape};
 use crate::soak::figures::Histogram;
 use crate::words::{milliseconds, plural};
 
@@ -19,7 +20,7 @@ pub fn html(report: &Report) -> String {
     let mut page =
         String::from("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
     page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n");
-    let _ = writeln!(page, "<title>Cleanslate soak: {}</title>", escape(report.verdict));
+    let _ = writeln!(page, "<title>Cleanslate soak: {}</title>", report.verdict().words());
     let _ = writeln!(page, "<style>\n{}</style>\n</head>\n<body>", include_str!("page.css"));
     head(&mut page, report);
     series(&mut page, report);
@@ -37,38 +38,37 @@ fn ms(us: u64) -> f64 {
 }
 
 fn head(page: &mut String, report: &Report) {
-    let Report { figures, plan, verdict, took, .. } = report;
-    let count = |count: u64, one, many| plural(count as usize, one, many);
-    let findings = match figures.findings() {
-        0 => "no findings".into(),
-        findings => count(findings, "finding", "findings"),
+    let words = report.verdict().words();
+    let class = match report.verdict() {
+        Verdict::Clean => "clean",
+        _ => "not-clean",
     };
-    let class = verdict.replace(' ', "-");
-    let _ = writeln!(page, "<h1 class=\"{class}\">Soak: {verdict}</h1>");
-    let rate = figures.resets() as f64 / took.as_secs_f64().max(0.001);
+    let _ = writeln!(page, "<h1 class=\"{class}\">Soak: {words}</h1>");
     let _ = writeln!(
         page,
-        "<p id=\"summary\">{}, {}, {findings}, {:.1} s, {rate:.0} resets per second</p>",
-        plural(plan.vms as usize, "machine", "machines"),
-        count(figures.lives(), "life", "lives"),
-        took.as_secs_f64(),
+        "<p id=\"summary\">{}, {:.1} s, {:.0} resets per second</p>",
+        report.sums(),
+        report.took().as_secs_f64(),
+        report.rate(),
     );
-    let machine = report
-        .machine
-        .map(|m| format!("; Linux {}, {}; {}", m.host.kernel, m.host.kvm.name(), m.pmu));
-    let host = format!("{}{}", report.host, machine.unwrap_or_default());
-    let _ = writeln!(page, "<p class=\"dim\">{}</p>", escape(&host));
-    let options = plan.arguments.join(" ");
-    let _ = writeln!(
-        page,
-        "<p class=\"dim\">Seed {}; ended: {}; each machine: run {}</p>",
-        plan.seed,
-        escape(report.ending),
-        escape(&options)
-    );
-    if let Some(machine) = report.machine.filter(|machine| !machine.unchecked.is_empty()) {
-        let names = escape(&machine.unchecked.join(", "));
-        let _ = writeln!(page, "<p class=\"dim\">This host cannot show: {names}</p>");
+    let mut dim = |text: &str| {
+        let _ = writeln!(page, "<p class=\"dim\">{}</p>", escape(text));
+    };
+    dim(&report.hosts().join(", "));
+    report.platforms().iter().for_each(|line| dim(line));
+    report.remarks().for_each(|line| dim(&line));
+    let options = report.shards.first().map(|shard| shard.header.arguments.join(" "));
+    dim(&format!(
+        "{}; ended: {}; each machine: run {}",
+        report.seed_words(),
+        report.ending().name(),
+        options.unwrap_or_default()
+    ));
+    let machines = report.shards.iter().filter_map(|shard| shard.machine.as_ref());
+    let unchecked: BTreeSet<_> = machines.flat_map(|machine| &machine.unchecked).collect();
+    if !unchecked.is_empty() {
+        let names: Vec<_> = unchecked.into_iter().map(String::as_str).collect();
+        dim(&format!("Not every host can show: {}", names.join(", ")));
     }
 }
 
@@ -84,7 +84,7 @@ fn series(page: &mut String, report: &Report) {
         (ends as f64, ms(highest.unwrap_or(0))),
         (true, false),
     );
-    for (index, (number, vm)) in vms.iter().enumerate() {
+    for (index, (key, vm)) in vms.iter().enumerate() {
         let mut resets = 0;
         let points: Vec<_> = (vm.series.points().iter())
             .map(|point| {
@@ -93,13 +93,14 @@ fn series(page: &mut String, report: &Report) {
             })
             .collect();
         let class = format!("s{}", index % COLOURS);
-        plot.line(&class, &format!("machine {number}"), points.into_iter());
+        plot.line(&class, &format!("machine {}", report.label(**key)), points.into_iter());
     }
     page.push_str(&plot.finish());
     let hidden = report.figures.vms.len().saturating_sub(MOST_LINES);
     page.push_str("<p class=\"dim\">");
-    for (index, (number, _)) in vms.iter().enumerate() {
-        let _ = write!(page, "<span class=\"key b{}\"></span>machine {number}", index % COLOURS);
+    for (index, (key, _)) in vms.iter().enumerate() {
+        let (colour, label) = (index % COLOURS, report.label(**key));
+        let _ = write!(page, "<span class=\"key b{colour}\"></span>machine {label}");
     }
     if hidden > 0 {
         let _ = write!(page, " and {hidden} more that are not drawn");
@@ -147,25 +148,28 @@ fn histogram(page: &mut String, report: &Report) {
 
 fn by_life(page: &mut String, report: &Report) {
     page.push_str("<h2>Findings by life</h2>\n");
-    let figures = report.figures;
+    let figures = &report.figures;
     if figures.shown.is_empty() {
         page.push_str("<p id=\"no-findings\">None.</p>\n");
         return;
     }
     let lives = figures.vms.values().map(|vm| vm.lives).max().unwrap_or(0);
-    let highest = figures.vms.keys().max().copied().unwrap_or(1);
+    // A row for each, whatever their numbers.
+    let rows: Vec<_> = report.machines().into_iter().collect();
+    let row = |key| rows.iter().position(|k| *k == key).unwrap_or(0) as f64 + 1.0;
     let mut plot = Plot::new(
         "findings",
         "Which machine showed a finding in which life",
-        ("lives of the machine", "machine"),
-        (lives as f64, f64::from(highest)),
+        ("lives of the machine", rows_title(report)),
+        (lives as f64, rows.len() as f64),
         (true, true),
     );
     let colour = |name: &str| figures.names.keys().position(|n| n == name).unwrap_or(0) % COLOURS;
     for shown in &figures.shown {
         let class = format!("f{}", colour(&shown.name));
-        let name = format!("machine {}, life {}: {}", shown.place.vm, shown.life, shown.name);
-        plot.mark(&class, (shown.lives as f64, f64::from(shown.place.vm)), &name);
+        let key = (shown.place.seed, shown.place.vm);
+        let name = format!("machine {}, life {}: {}", report.label(key), shown.life, shown.name);
+        plot.mark(&class, (shown.lives as f64, row(key)), &name);
     }
     page.push_str(&plot.finish());
     page.push_str("<p class=\"dim\">");
@@ -174,6 +178,14 @@ fn by_life(page: &mut String, report: &Report) {
             write!(page, "<span class=\"key b{}\"></span>{} ({count})", colour(name), escape(name));
     }
     page.push_str("</p>\n");
+}
+
+/// The rows are the machines' numbers only if these begin with 1.
+fn rows_title(report: &Report) -> &'static str {
+    match report.machines().first() {
+        Some((_, 1)) if report.shards.len() == 1 => "machine",
+        _ => "machine, as in the table",
+    }
 }
 
 fn times(hello: &Histogram) -> String {
@@ -188,10 +200,12 @@ fn machines(page: &mut String, report: &Report) {
     page.push_str(
         "<th>processes</th><th>findings</th><th>hello p50</th><th>p99</th><th>max</th></tr>\n",
     );
-    for (number, vm) in &report.figures.vms {
+    for key in report.machines() {
+        let vm = report.figures.vms.get(&key).cloned().unwrap_or_default();
+        let label = report.label(key);
         let _ = writeln!(
             page,
-            "<tr><td>{number}</td><td>{}</td><td>{}</td><td>{}</td>{}</tr>",
+            "<tr><td>{label}</td><td>{}</td><td>{}</td><td>{}</td>{}</tr>",
             vm.lives,
             vm.processes,
             vm.findings,
@@ -215,7 +229,7 @@ fn moments(page: &mut String, report: &Report) {
 }
 
 fn findings(page: &mut String, report: &Report) {
-    let figures = report.figures;
+    let figures = &report.figures;
     if figures.shown.is_empty() {
         return;
     }
@@ -226,7 +240,7 @@ fn findings(page: &mut String, report: &Report) {
         let _ = writeln!(
             page,
             "<tr><td>{}</td><td>{}</td><td class=\"text\">{}</td><td class=\"detail\">{}</td></tr>",
-            shown.place.vm,
+            report.label((shown.place.seed, shown.place.vm)),
             shown.life,
             escape(&shown.name),
             escape(&format!("{}{bundle}", shown.detail)),

@@ -31,7 +31,8 @@ impl VirtioDevice for Fake {
     }
     fn activate(&mut self, driver: Driver) {
         driver.interrupt.signal_used();
-        self.activations.push((driver.features, driver.queues.iter().map(|q| q.ready()).collect()));
+        self.activations
+            .push((driver.features, driver.queues.iter().map(|q| q.queue.ready()).collect()));
     }
     fn handle_queue(&mut self, index: u16) {
         self.kicks.push(index);

@@ -1,3 +1,4 @@
+use super::super::credit::BUF_ALLOC;
 use super::super::packet::{GuestPort, HostPort};
 use super::*;
 
@@ -13,13 +14,16 @@ fn header(len: u32, flags: u32) -> Header {
 
 /// Connections in every phase, by name.
 fn in_phase(name: &str) -> Connection {
-    let mut connection = Connection::request(guest(), KEY);
+    let mut connection = Connection::request(guest(), KEY, SocketType::Stream, BUF_ALLOC);
     match name {
         "requesting" => {}
-        "requested" => drop(connection.packet(Op::Request, 0)),
-        "accepting" => connection = Connection::accept(guest(), KEY, &header(0, 0)),
+        "requested" => drop(connection.packet(Op::Request, 0, false)),
+        "accepting" => {
+            connection =
+                Connection::accept(guest(), KEY, SocketType::Stream, BUF_ALLOC, &header(0, 0))
+        }
         "established" => {
-            connection.packet(Op::Request, 0);
+            connection.packet(Op::Request, 0, false);
             assert_eq!(connection.receive(Op::Response, &header(0, 0)), Verdict::Accepted);
         }
         "ending" => {
@@ -28,7 +32,7 @@ fn in_phase(name: &str) -> Connection {
         }
         "ended" => {
             connection = in_phase("ending");
-            connection.packet(Op::Reset, 0);
+            connection.packet(Op::Reset, 0, false);
         }
         _ => unreachable!("{name}"),
     }
@@ -94,7 +98,7 @@ fn packets_carry_addresses_and_credit() {
     let mut connection = in_phase("established");
     assert_eq!(connection.receive(Op::ReadWrite, &header(300, 0)), Verdict::Payload);
     connection.forwarded(200);
-    let sent = connection.packet(Op::ReadWrite, 40);
+    let sent = connection.packet(Op::ReadWrite, 40, false);
     assert_eq!((sent.src_cid, sent.dst_cid), (2, 3));
     assert_eq!((sent.src_port, sent.dst_port), (1 << 30, 1024));
     assert_eq!((sent.len, sent.buf_alloc, sent.fwd_cnt), (40, BUF_ALLOC, 200));
@@ -115,11 +119,11 @@ fn each_direction_closes_on_its_own() {
     let mut connection = in_phase("established");
     connection.shut(Shutdown::SEND);
     assert_eq!(connection.due(true), Some(Op::Shutdown));
-    assert_eq!(connection.packet(Op::Shutdown, 0).flags, Shutdown::SEND.flags());
+    assert_eq!(connection.packet(Op::Shutdown, 0, false).flags, Shutdown::SEND.flags());
     assert_eq!(connection.due(true), None, "told once, and nothing is sent after it");
     assert_eq!(connection.receive(Op::ReadWrite, &header(1, 0)), Verdict::Payload);
     connection.shut(Shutdown::RECEIVE);
-    assert_eq!(connection.packet(Op::Shutdown, 0).flags, Shutdown::BOTH.flags());
+    assert_eq!(connection.packet(Op::Shutdown, 0, false).flags, Shutdown::BOTH.flags());
     assert_eq!(connection.receive(Op::ReadWrite, &header(1, 0)), Verdict::Nothing, "discarded");
 }
 
@@ -138,14 +142,14 @@ fn a_guest_that_breaks_its_credit_is_found_out() {
 #[test]
 fn credit_is_asked_for_once_per_stall() {
     let mut connection = in_phase("established");
-    connection.packet(Op::ReadWrite, 1000);
+    connection.packet(Op::ReadWrite, 1000, false);
     assert_eq!(connection.payload_room(), 0);
     assert_eq!(connection.due(true), Some(Op::CreditRequest));
-    connection.packet(Op::CreditRequest, 0);
+    connection.packet(Op::CreditRequest, 0, false);
     assert_eq!(connection.due(true), None);
     connection.receive(Op::CreditUpdate, &Header { fwd_cnt: 500, ..header(0, 0) });
     assert_eq!(connection.due(true), Some(Op::ReadWrite));
-    connection.packet(Op::ReadWrite, 500);
+    connection.packet(Op::ReadWrite, 500, false);
     assert_eq!(connection.due(true), Some(Op::CreditRequest), "a new stall");
     assert_eq!(connection.due(false), None, "nothing to send, nothing to ask");
 }
@@ -156,7 +160,7 @@ fn a_credit_request_is_answered_and_payload_answers_it_too() {
     connection.receive(Op::CreditRequest, &header(0, 0));
     assert_eq!(connection.due(false), Some(Op::CreditUpdate));
     assert_eq!(connection.due(true), Some(Op::ReadWrite));
-    connection.packet(Op::ReadWrite, 1);
+    connection.packet(Op::ReadWrite, 1, false);
     assert_eq!(connection.due(false), None);
 }
 
@@ -173,11 +177,11 @@ fn more_than_four_gib_go_both_ways() {
         connection.forwarded(1 << 16);
         to_host += 1 << 16;
         if connection.due(false) == Some(Op::CreditUpdate) {
-            connection.packet(Op::CreditUpdate, 0);
+            connection.packet(Op::CreditUpdate, 0, false);
             updates += 1;
         }
         assert_eq!(connection.payload_room(), 1 << 20);
-        connection.packet(Op::ReadWrite, 1 << 16);
+        connection.packet(Op::ReadWrite, 1 << 16, false);
         forwarded_by_guest = forwarded_by_guest.wrapping_add(1 << 16);
     }
     assert!(to_host > 1 << 32);

@@ -9,9 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::device::virtio::{Driver, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
-use crate::device::vsock::Vsock;
-use crate::device::vsock::packet::{ConnectionKey, GuestPort, HEADER_LEN, Header, HostPort, Op};
+use crate::device::virtio::{
+    Driver, F_EVENT_IDX, F_IN_ORDER, F_VERSION_1, Interrupt, VirtioDevice,
+};
+use crate::device::vsock::packet::{
+    ConnectionKey, GuestPort, HEADER_LEN, Header, HostPort, Op, SocketType,
+};
+use crate::device::vsock::{F_SEQPACKET, Vsock};
 use crate::memory::GuestRam;
 
 const SIZE: u16 = 256;
@@ -24,6 +28,7 @@ pub const BUFFER_LEN: u32 = 4096;
 const MAX_SEND: u64 = 1 << 16;
 const TO_GUEST_BUFFERS: u64 = 0x10_0000;
 const TO_HOST_BUFFERS: u64 = 0x40_0000;
+pub const EVENT_BUFFERS: u64 = 0x1f0_0000;
 const RAM_LEN: usize = 0x200_0000;
 
 #[derive(Debug, Default)]
@@ -122,6 +127,7 @@ pub struct TestDriver {
     pub ram: GuestRam,
     pub to_guest: TestQueue,
     pub to_host: TestQueue,
+    pub events: TestQueue,
     pub interrupts: Arc<Counts>,
     pub kicks: u32,
     pub backend_calls: u32,
@@ -140,32 +146,40 @@ impl TestDriver {
     }
 
     /// Drives `vsock` without a buffer posted yet.
-    pub fn without_buffers(mut vsock: Vsock, event_idx: bool) -> Self {
+    pub fn without_buffers(vsock: Vsock, event_idx: bool) -> Self {
+        let features = F_SEQPACKET | F_IN_ORDER | if event_idx { F_EVENT_IDX } else { 0 };
+        Self::with_features(vsock, features)
+    }
+
+    /// Drives `vsock` with these features, without a buffer posted yet.
+    pub fn with_features(mut vsock: Vsock, features: u64) -> Self {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_LEN)]).unwrap();
         let (to_guest, queue_0) = TestQueue::new(0);
         let (to_host, queue_1) = TestQueue::new(1);
-        let (_, queue_2) = TestQueue::new(2);
+        let (events, queue_2) = TestQueue::new(2);
         let interrupts = Arc::new(Counts::default());
         vsock.activate(Driver {
             ram: ram.clone(),
-            features: F_VERSION_1 | if event_idx { F_EVENT_IDX } else { 0 },
-            queues: vec![queue_0, queue_1, queue_2],
+            features: F_VERSION_1 | features,
+            queues: [queue_0, queue_1, queue_2].map(Into::into).into(),
             interrupt: interrupts.clone(),
         });
-        // As the event loop does, which the activation has woken.
-        vsock.handle_backend();
-        Self {
+        let mut driver = Self {
             vsock,
             ram,
             to_guest,
             to_host,
+            events,
             interrupts,
             kicks: 0,
             backend_calls: 0,
-            event_idx,
+            event_idx: features & F_EVENT_IDX != 0,
             interrupts_seen: 0,
             awake: false,
-        }
+        };
+        // As the event loop does, which the activation has woken.
+        driver.run_backend();
+        driver
     }
 
     /// Posts `count` more buffers for packets to the guest.
@@ -193,6 +207,17 @@ impl TestDriver {
     pub fn kick_to_host(&mut self) {
         if self.to_host.kick_wanted(&self.ram, self.event_idx) {
             self.kick(1);
+        }
+    }
+
+    /// Posts a buffer of `len` bytes for an event.
+    pub fn post_event_buffer(&mut self, len: u32) {
+        let id = self.events.added % SIZE;
+        let addr = EVENT_BUFFERS + u64::from(id) * 64;
+        self.events.write_descriptor(&self.ram, id, (addr, len, WRITE, 0));
+        self.events.add(&self.ram, id);
+        if self.events.kick_wanted(&self.ram, self.event_idx) {
+            self.kick(2);
         }
     }
 
@@ -225,6 +250,19 @@ impl TestDriver {
         self.to_host.add(&self.ram, id);
     }
 
+    /// Puts a packet into the queue to the host with each byte of payload in a descriptor of its own. Takes most of the table.
+    pub fn add_in_pieces(&mut self, header: Header, payload: &[u8]) {
+        let addr = TO_HOST_BUFFERS;
+        self.ram.write_slice(&header.to_bytes(), GuestAddress(addr)).unwrap();
+        self.ram.write_slice(payload, GuestAddress(addr + 0x100)).unwrap();
+        self.to_host.write_descriptor(&self.ram, 0, (addr, HEADER_LEN as u32, NEXT, 1));
+        for (id, at) in (1..=payload.len() as u16).zip(addr + 0x100..) {
+            let more = if usize::from(id) < payload.len() { NEXT } else { 0 };
+            self.to_host.write_descriptor(&self.ram, id, (at, 1, more, id + 1));
+        }
+        self.to_host.add(&self.ram, 0);
+    }
+
     /// Sends a packet, and takes back the buffers that were used.
     pub fn send(&mut self, header: Header, payload: &[u8]) {
         assert!(self.to_host.outstanding() < 64);
@@ -249,7 +287,9 @@ impl TestDriver {
     pub fn backend_is_ready(&self) -> bool {
         use std::os::fd::AsFd;
         let mut fds = [PollFd::from_borrowed_fd(self.vsock.host.as_fd(), PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Tests share their process with others, and its signals.
+        rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now))).unwrap() > 0
     }
 
     /// Takes the next packet for the guest, if there is one, and posts its buffer again.
@@ -302,7 +342,7 @@ impl TestDriver {
         assert!(!self.backend_is_ready());
     }
 
-    /// A packet from the guest, with 64 KiB of buffer and nothing taken out of it.
+    /// A packet of a stream from the guest, with 64 KiB of buffer and nothing taken out of it.
     pub fn header(&self, key: ConnectionKey, op: Op) -> Header {
         Header {
             src_port: key.guest.0,
@@ -310,7 +350,7 @@ impl TestDriver {
             src_cid: self.vsock.host.cid.get(),
             dst_cid: 2,
             buf_alloc: 1 << 16,
-            ..Header::to_guest(self.vsock.host.cid, key, op)
+            ..Header::to_guest(self.vsock.host.cid, key, SocketType::Stream, op)
         }
     }
 

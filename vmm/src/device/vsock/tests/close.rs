@@ -149,3 +149,43 @@ fn a_reset_from_the_guest_ends_the_stream() {
     driver.send_data(key, b"late");
     driver.expect(Op::Reset);
 }
+
+#[test]
+fn a_pair_of_ports_is_free_again_while_a_slow_host_reads_what_came_before() {
+    let dir = TempDir::new();
+    let listener = std::os::unix::net::UnixListener::bind(dir.path("vsock_52")).unwrap();
+    let mut driver = TestDriver::new(listening(&dir));
+    let key = key(52, 7000);
+    let data = pattern(BUF_ALLOC as usize);
+    let mut slow = Vec::new();
+    for round in 0..3 {
+        driver.send_op(key, Op::Request);
+        let (response, _) = driver.expect(Op::Response);
+        assert_eq!(response.dst_port, 7000, "round {round}");
+        slow.push(listener.accept().unwrap().0);
+        let end = data.len() - round;
+        for chunk in data[..end].chunks(1 << 16) {
+            driver.send_data(key, chunk);
+        }
+        assert!(driver.vsock.host.table.iter().any(|(_, endpoint)| endpoint.has_backlog()));
+        while driver.try_receive().is_some() {}
+        send_shutdown(&mut driver, key, Shutdown::BOTH);
+        driver.send_op(key, Op::Reset);
+    }
+    assert_eq!(driver.connections(), 3);
+    // Nobody can name the old ones.
+    let parted = ConnectionKey::parted(0);
+    driver.send_op(parted, Op::Reset);
+    driver.send_op(parted, Op::Request);
+    driver.expect(Op::Reset);
+    // Each gets what was sent on its own connection.
+    for (round, stream) in slow.into_iter().enumerate() {
+        let reader = std::thread::spawn(move || read_all(&stream));
+        while !reader.is_finished() {
+            driver.run_backend();
+        }
+        assert!(reader.join().unwrap() == data[..data.len() - round], "round {round}");
+    }
+    driver.run_backend();
+    assert_eq!(driver.connections(), 0);
+}

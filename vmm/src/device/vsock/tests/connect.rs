@@ -266,7 +266,10 @@ fn headers_agree_with_the_virtio_vsock_crate() {
     use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress};
     let ram = crate::memory::GuestRam::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-    let ours = Header { len: 5, ..Header::to_guest(cid(), key(52, 1024), Op::ReadWrite) };
+    let ours = Header {
+        len: 5,
+        ..Header::to_guest(cid(), key(52, 1024), SocketType::Stream, Op::ReadWrite)
+    };
     ram.write_slice(&ours.to_bytes(), GuestAddress(0x8000)).unwrap();
     let queue = MockSplitQueue::new(&ram, 4);
     let len = HEADER_LEN as u32 + 5;

@@ -3,7 +3,9 @@
 use std::io::Write;
 
 use super::super::credit::BUF_ALLOC;
+use super::super::packet::HEADER_LEN;
 use super::super::testing::BUFFER_LEN;
+use super::super::traffic::BURST;
 use super::*;
 
 /// Takes payload until `len` bytes have come, and says so in credit updates every 16 KiB.
@@ -148,14 +150,74 @@ fn sockets_with_bytes_do_not_wake_the_loop_while_the_guest_has_no_room() {
 }
 
 #[test]
-fn connections_take_turns() {
+fn connections_take_turns_of_bounded_length() {
     let mut driver = TestDriver::new(pathless());
     let mut ends: Vec<_> = (0..3).map(|_| connected(&mut driver)).collect();
-    for (stream, _) in &mut ends {
-        stream.write_all(&pattern(40_000)).unwrap();
+    for (stream, key) in &mut ends {
+        let header = driver.header(*key, Op::CreditUpdate);
+        driver.send(Header { buf_alloc: 1 << 20, ..header }, &[]);
+        stream.write_all(&pattern(150_000)).unwrap();
     }
-    let ports: Vec<_> = (0..9).map(|_| driver.receive().0.src_port - (1 << 30)).collect();
-    assert_eq!(ports, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+    // One buffer each; then it shows that there is more.
+    let mut turns = [[0, 1].as_slice(), &[1, 1], &[2, 1]].concat();
+    for _ in 0..2 {
+        turns.extend([0, BURST as u32, 1, BURST as u32, 2, BURST as u32]);
+    }
+    for turn in turns.chunks(2) {
+        for _ in 0..turn[1] {
+            assert_eq!(driver.receive().0.src_port - (1 << 30), turn[0]);
+        }
+    }
+}
+
+#[test]
+fn bytes_for_many_buffers_come_in_order_whatever_they_fill() {
+    let mut driver = TestDriver::new(pathless());
+    let (mut stream, key) = connected(&mut driver);
+    let header = driver.header(key, Op::CreditUpdate);
+    driver.send(Header { buf_alloc: 1 << 20, ..header }, &[]);
+    let piece = BUFFER_LEN as usize - HEADER_LEN;
+    let mut received = 0;
+    // Around the ends of a buffer and of a burst.
+    for len in [1, piece, piece + 1, 5 * piece - 1, 17 * piece, 17 * piece + 1, 40 * piece, 2] {
+        let sent = pattern(len);
+        stream.write_all(&sent).unwrap();
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            bytes.extend(driver.expect(Op::ReadWrite).1);
+        }
+        assert!(bytes == sent, "{len}");
+        driver.expect_silence();
+        received += len;
+        let header = Header { buf_alloc: 1 << 20, fwd_cnt: received as u32, ..header };
+        driver.send(header, &[]);
+    }
+}
+
+#[test]
+fn a_broken_buffer_amid_many_is_skipped_and_the_order_stays() {
+    let mut driver = TestDriver::without_buffers(pathless(), true);
+    let mut stream = driver.vsock.connector().connect(GuestPort(1)).unwrap();
+    driver.post(1);
+    driver.run_backend();
+    let key = driver.accept();
+    let header = driver.header(key, Op::CreditUpdate);
+    driver.send(Header { buf_alloc: 1 << 20, ..header }, &[]);
+    // The one buffer is posted again; behind it nine sound ones, of which every third is followed by one to read.
+    for id in 1..=12 {
+        let flags = if id % 4 == 0 { 0 } else { 2 };
+        let at = 0x30_0000 + u64::from(id) * 4096;
+        driver.to_guest.write_descriptor(&driver.ram, id, (at, 4096, flags, 0));
+        driver.to_guest.add(&driver.ram, id);
+    }
+    let piece = BUFFER_LEN as usize - HEADER_LEN;
+    stream.write_all(&pattern(10 * piece)).unwrap();
+    driver.run_backend();
+    let used: Vec<_> = std::iter::from_fn(|| driver.to_guest.take_used(&driver.ram)).collect();
+    let expected: Vec<_> =
+        (0..=12).map(|id| (id, if id > 0 && id % 4 == 0 { 0 } else { BUFFER_LEN })).collect();
+    assert_eq!(used, expected);
+    assert_eq!(driver.vsock.stats().bad_chains, 3);
 }
 
 #[test]
@@ -228,7 +290,7 @@ fn a_buffer_that_is_not_needed_after_all_serves_the_next_packet() {
     let mut driver = TestDriver::new(pathless());
     let (mut stream, key) = connected(&mut driver);
     // Exactly as much as fits: only another read can tell that there is no more.
-    let chunk = pattern(BUFFER_LEN as usize - super::super::packet::HEADER_LEN);
+    let chunk = pattern(BUFFER_LEN as usize - HEADER_LEN);
     for round in 1..=600u32 {
         stream.write_all(&chunk).unwrap();
         assert_eq!(driver.expect(Op::ReadWrite).1, chunk);

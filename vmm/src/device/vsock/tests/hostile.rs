@@ -113,7 +113,7 @@ fn rings_outside_ram_stop_the_device_at_once() {
     vsock.activate(Driver {
         ram: donor.ram.clone(),
         features: 0,
-        queues: vec![untouched(), queue, untouched()],
+        queues: [untouched(), queue, untouched()].map(Into::into).into(),
         interrupt: donor.interrupts.clone(),
     });
     assert!(vsock.needs_reset());
@@ -128,7 +128,7 @@ fn a_driver_that_leaves_the_queues_alone_is_left_alone() {
         vsock.activate(Driver {
             ram: donor.ram.clone(),
             features: 0,
-            queues: (0..count).map(|_| virtio_queue::Queue::new(256).unwrap()).collect(),
+            queues: (0..count).map(|_| virtio_queue::Queue::new(256).unwrap().into()).collect(),
             interrupt: donor.interrupts.clone(),
         });
         vsock.handle_queue(1);
@@ -144,10 +144,14 @@ fn packets_that_mean_nothing_are_refused_and_touch_nobody() {
     let good = driver.header(key, Op::CreditUpdate);
     for (header, answered) in [
         (Header { op: 99, ..good }, true),
+        (Header { socket_type: 3, ..good }, true),
+        // There is a connection for these ports, and it is a stream.
         (Header { socket_type: 2, ..good }, true),
+        (Header { socket_type: 2, op: 1, ..good }, true),
+        (Header { socket_type: 2, op: 3, ..good }, false),
         (Header { dst_cid: 77, ..good }, true),
         (Header { src_cid: 77, ..good }, false),
-        (Header { op: 3, socket_type: 2, ..good }, false),
+        (Header { op: 3, socket_type: 3, ..good }, false),
     ] {
         driver.send(header, &[]);
         if answered {
@@ -156,7 +160,7 @@ fn packets_that_mean_nothing_are_refused_and_touch_nobody() {
         }
         driver.expect_silence();
     }
-    assert_eq!(driver.vsock.stats().bad_packets, 5);
+    assert_eq!(driver.vsock.stats().bad_packets, 8);
     driver.send_data(key, b"unharmed");
     assert_eq!(read_exact(&stream, 8), b"unharmed");
 }
