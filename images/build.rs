@@ -30,15 +30,26 @@ fn main() {
     {
         println!("cargo:rerun-if-changed={}", guest.join(sources).display());
     }
-    build(&guest.join("unikernel"), &out.join("agent"));
-    let built = out.join("agent").join(TARGET).join("release").join(AGENT);
-    std::fs::copy(&built, out.join(format!("{AGENT}.elf")))
-        .unwrap_or_else(|error| panic!("copy {built:?}: {error}"));
+    let embed = |name: &str, features: &str| {
+        let image = match env::var_os("CARGO_FEATURE_FUZZING") {
+            Some(_) => Vec::new(),
+            None => build(&guest.join("unikernel"), &out.join("agent"), features),
+        };
+        std::fs::write(out.join(name), image)
+            .unwrap_or_else(|error| panic!("write {name}: {error}"));
+    };
+    // Before the agent, so that what lies in the build directory in the end is what everybody runs.
+    if env::var_os("CARGO_FEATURE_ATTACKER").is_some() {
+        embed("cleanslate-attacker.elf", "attacks");
+    }
+    embed("cleanslate-agent.elf", "");
 }
 
-fn build(unikernel: &Path, target_dir: &Path) {
+/// Builds the agent with these features and reads it.
+fn build(unikernel: &Path, target_dir: &Path, features: &str) -> Vec<u8> {
     let mut cargo = Command::new(variable("CARGO"));
     cargo.args(["build", "--release", "--locked", "--bins", "--target", TARGET]);
+    cargo.args(["--features", features]);
     cargo.arg("--manifest-path").arg(unikernel.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(target_dir).current_dir(unikernel);
     for (name, _) in env::vars_os() {
@@ -55,6 +66,8 @@ fn build(unikernel: &Path, target_dir: &Path) {
     if !output.status.success() {
         panic!("build the guest agent:\n{}", String::from_utf8_lossy(&output.stderr));
     }
+    let built = target_dir.join(TARGET).join("release").join(AGENT);
+    std::fs::read(&built).unwrap_or_else(|error| panic!("read {built:?}: {error}"))
 }
 
 fn variable(name: &str) -> String {

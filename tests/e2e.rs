@@ -9,6 +9,8 @@ mod harness;
 mod bad_input;
 /// `--pmu emulated`: a guest finds AMD's counters, and they count, overflow and interrupt like those.
 mod counters;
+/// `--disk` and `--rng`: devices that a guest uses, and what becomes of them when files or users are wrong.
+mod disks;
 /// `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as in the guest, and ours are as they should be.
 mod dma_audit;
 /// The documents name what exists.
@@ -41,6 +43,8 @@ mod messages;
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// Bytes in either direction, on connections that either side has opened.
+mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.
 mod vsock;
 /// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.

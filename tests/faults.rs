@@ -176,8 +176,8 @@ fn faults_that_nothing_could_show_are_refused() {
     for (fault, _) in FAULTS.iter().filter(|(fault, _)| needs_poison(fault)) {
         check(&[&reset[..], &["--inject", fault]].concat(), "add --poison");
     }
-    let small = ["--poison", "--mem", "10", "--inject", "ram-kept"];
-    check(&[&reset[..], &small].concat(), "--inject ram-kept needs more RAM than --mem 10");
+    let small = ["--poison", "--mem", "12", "--inject", "ram-kept"];
+    check(&[&reset[..], &small].concat(), "--inject ram-kept needs more RAM than --mem 12");
     for fault in ["pmu-not-reset", "pmu-k7-only", "globals-left"] {
         check(&[&reset[..], &["--inject", fault]].concat(), "add --pmu emulated");
     }

@@ -4,14 +4,17 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use agent_protocol::DiskRequest;
 use jailer::seccomp::{RULES, Rule, ThreadKind};
 
 use crate::harness::guest::Guest;
-use crate::harness::{Outcome, Started, TRACES, cleanslate, file, skipped, temp_dir};
+use crate::harness::held::agent_at;
+use crate::harness::{Outcome, Started, TRACES, cleanslate, eventually, file, skipped, temp_dir};
 
 /// Test modules whose machines make every call that a rule is for, unless it says that none does.
-const REPERTOIRE: [&str; 8] = [
+const REPERTOIRE: [&str; 9] = [
     "counters::",
+    "disks::",
     "faults::",
     "findings::",
     "guests::",
@@ -27,14 +30,18 @@ const KVM_RUN: u64 = 0xae80;
 /// become another call, which no thread may make. (Where the C library blocks signals, as at a thread's end, this shows
 /// nothing: the kernel does not kill the first process of a namespace while it is traced.)
 fn run_with_a_wrong_call(arguments: &[&str], victim: &str, nth: u32) -> Outcome {
+    let name = format!("cleanslate {} with a wrong {victim}", arguments.join(" "));
+    start_with_a_wrong_call(arguments, victim, nth).finish(&name)
+}
+
+fn start_with_a_wrong_call(arguments: &[&str], victim: &str, nth: u32) -> Started {
     let inject = format!("inject={victim}:retval=0:syscall=getuid:when={nth}+");
     let mut command = Command::new("strace");
     command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", "signal=none"]);
     command.args(["-e", &format!("trace={victim}"), "-e", &inject]);
     command.arg(cleanslate(&[]).get_program()).args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let name = format!("cleanslate {} with a wrong {victim}", arguments.join(" "));
-    Started::new(command).finish(&name)
+    Started::new(command)
 }
 
 #[test]
@@ -58,6 +65,27 @@ fn a_forbidden_call_ends_the_machine_and_is_named_with_its_thread() {
     let guest = Guest::new().print(&"x".repeat(500)).power_off();
     let kernel = file(&dir, "guest.elf", &guest.elf());
     check(&["run", "--kernel", kernel.to_str().unwrap()], "ioctl", 300, ThreadKind::Vcpu);
+}
+
+#[test]
+fn a_forbidden_call_of_a_disks_thread_ends_the_machine_and_is_named() {
+    if std::env::var_os(TRACES).is_some() {
+        return;
+    }
+    let dir = temp_dir();
+    let disk = file(&dir, "disk", &[0; 512]);
+    let socket = dir.path().join("vsock");
+    let [disk, socket] = [&disk, &socket].map(|path| path.to_str().unwrap());
+    let arguments = ["run", "--hold", "--uds", socket, "--disk", disk];
+    let started = start_with_a_wrong_call(&arguments, "fdatasync", 1);
+    eventually("the machine has a socket", || Path::new(socket).exists());
+    let ended = agent_at(Path::new(socket), 1).disk(0, DiskRequest::Flush);
+    assert!(ended.is_err(), "{ended:?}");
+    started
+        .finish("cleanslate run --hold with a wrong fdatasync")
+        .expect_status(2)
+        .expect_stderr("made a system call that its filter forbids, and was ended: getuid(")
+        .expect_stderr(&format!(" on {}\n", ThreadKind::Disk));
 }
 
 /// A call in a trace: its name and its arguments, as far as they are numbers.
@@ -126,7 +154,10 @@ fn number(text: &str) -> Option<u64> {
 fn rules_used(trace: &str) -> Vec<usize> {
     let calls = trace.lines().filter_map(Call::parse);
     let restricted: Vec<_> = calls.skip_while(|call| call.name != "seccomp").skip(1).collect();
-    let kind = if restricted.iter().any(|call| call.is_request(KVM_RUN)) {
+    const OF_DISKS: [&str; 4] = ["preadv", "pwritev2", "fdatasync", "fallocate"];
+    let kind = if restricted.iter().any(|call| OF_DISKS.contains(&call.name)) {
+        ThreadKind::Disk
+    } else if restricted.iter().any(|call| call.is_request(KVM_RUN)) {
         ThreadKind::Vcpu
     } else if restricted.iter().any(|call| call.name.starts_with("epoll_")) {
         ThreadKind::EventLoop

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::net::{
@@ -41,9 +42,13 @@ fn open_dir() -> TempDir {
 
 /// Runs `guest` with sockets of both types in `dir`.
 fn start(dir: &TempDir, guest: &Guest) -> Started {
+    Started::new(command(dir, guest))
+}
+
+fn command(dir: &TempDir, guest: &Guest) -> Command {
     let kernel = file(dir, "guest.elf", &guest.elf());
     let (streams, messages) = (dir.path().join("vsock"), dir.path().join("messages"));
-    Started::new(cleanslate(&[
+    cleanslate(&[
         "run",
         "--kernel",
         kernel.to_str().unwrap(),
@@ -51,7 +56,17 @@ fn start(dir: &TempDir, guest: &Guest) -> Started {
         streams.to_str().unwrap(),
         "--uds-seqpacket",
         messages.to_str().unwrap(),
-    ]))
+    ])
+}
+
+/// The same in this process's own rights, of which few descriptors are one, as shells start programs.
+fn start_without_jail(dir: &TempDir, guest: &Guest) -> Started {
+    let command = command(dir, guest);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "ulimit -Sn 256; exec \"$0\" \"$@\" --no-jail"]);
+    shell.arg(command.get_program()).args(command.get_args());
+    shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Started::new(shell)
 }
 
 fn new_socket() -> OwnedFd {
@@ -172,16 +187,18 @@ fn four_thousand_connections_are_open_at_once_and_one_more_is_refused() {
     let guest = guest.expect(0, STREAM, op::RESET).expect_word(0, 20, MOST + 1);
     let guest = guest.expect(1, STREAM, op::RESPONSE).guest().print("done").power_off();
 
-    let dir = open_dir();
-    let port = dir.path().join(format!("vsock_{HOST_PORT}"));
-    let listener = UnixListener::bind(&port).unwrap();
-    listen(&listener, MOST as i32).unwrap();
-    std::fs::set_permissions(&port, Permissions::from_mode(0o777)).unwrap();
-    let program = start(&dir, &guest);
-    let connections: Vec<_> = (0..MOST).map(|_| listener.accept().unwrap().0).collect();
-    let outcome = program.finish("cleanslate run --uds").expect_status(0).expect_stdout("done");
-    assert!(!outcome.stderr.contains("broke rules"), "{outcome}");
-    listener.set_nonblocking(true).unwrap();
-    assert!(listener.accept().is_err(), "one more came than may be");
-    drop(connections);
+    for start in [start, start_without_jail] {
+        let dir = open_dir();
+        let port = dir.path().join(format!("vsock_{HOST_PORT}"));
+        let listener = UnixListener::bind(&port).unwrap();
+        listen(&listener, MOST as i32).unwrap();
+        std::fs::set_permissions(&port, Permissions::from_mode(0o777)).unwrap();
+        let program = start(&dir, &guest);
+        let connections: Vec<_> = (0..MOST).map(|_| listener.accept().unwrap().0).collect();
+        let outcome = program.finish("cleanslate run --uds").expect_status(0).expect_stdout("done");
+        assert!(!outcome.stderr.contains("broke rules"), "{outcome}");
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "one more came than may be");
+        drop(connections);
+    }
 }

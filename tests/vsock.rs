@@ -10,7 +10,7 @@ use crate::harness::held::Held;
 use crate::harness::{eventually, signal};
 
 /// Connects as any client of the convention does, and returns the connection and the answer.
-fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
+pub fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
     writeln!(stream, "CONNECT {port}").unwrap();
@@ -24,7 +24,7 @@ fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
     (stream, answer)
 }
 
-fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
+pub fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
     let mut prefix = [0; frame::PREFIX_LEN];
     stream.read_exact(&mut prefix).unwrap();
     let mut bytes = prefix.to_vec();
@@ -33,7 +33,7 @@ fn receive<T: serde::de::DeserializeOwned>(stream: &mut impl Read) -> T {
     frame::decode(&bytes).unwrap().unwrap().0
 }
 
-fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
+pub fn ask(stream: &mut BufReader<UnixStream>, request: &Request) -> Reply {
     stream.get_mut().write_all(&frame::encode(request).unwrap()).unwrap();
     receive(stream)
 }

@@ -6,6 +6,10 @@
 /// build.rs builds it from `guest-agent/unikernel`.
 pub static AGENT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cleanslate-agent.elf"));
 
+/// An agent that is after its monitor (feature `attacks` of the same crate); for tests.
+#[cfg(feature = "attacker")]
+pub static ATTACKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cleanslate-attacker.elf"));
+
 #[cfg(test)]
 mod tests {
     use super::AGENT;

@@ -138,7 +138,7 @@ fn residue_pass(resets: usize) -> Pass {
     let run = |options: &[&str]| {
         let number = resets.to_string();
         let began = Instant::now();
-        let json = run_json(&[&["--mem", "10", "--resets", &number], options].concat());
+        let json = run_json(&[&["--mem", "12", "--resets", &number], options].concat());
         (milliseconds(began.elapsed()), json)
     };
     let (plain, _) = run(&[]);

@@ -1,10 +1,42 @@
 //! A machine that is kept running.
 
-use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::time::Duration;
 
-use super::{Outcome, Started, cleanslate, machine_of, signal, temp_dir};
+use agent_protocol::AGENT_PORT;
+use vmm::agent::{Agent, AgentError};
+
+use super::{Outcome, Started, cleanslate, eventually, machine_of, signal, temp_dir};
+
+/// Connects to the agent of life `life` through the socket at `path`; waits until that has begun.
+#[track_caller]
+pub fn agent_at(path: &Path, life: u32) -> Agent {
+    let mut found = None;
+    eventually("the agent greets", || {
+        // A connection to the life before may be closed at any point.
+        found = connect(path).ok().filter(|agent| agent.hello().life == life);
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn connect(path: &Path) -> Result<Agent, AgentError> {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let mut stream = UnixStream::connect(path).map_err(AgentError::Io)?;
+    writeln!(stream, "CONNECT {AGENT_PORT}").map_err(AgentError::Io)?;
+    // Byte by byte: what comes behind the line is the agent's.
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).map_err(AgentError::Io)?;
+        answer.extend(byte);
+    }
+    assert!(answer.starts_with(b"OK "), "{answer:?}");
+    Agent::greet(stream, PATIENCE)
+}
 
 /// A machine that is kept running for clients of its socket.
 pub struct Held {
@@ -41,6 +73,12 @@ impl Held {
     /// The number of the process that runs the machine.
     pub fn process(&self) -> u32 {
         machine_of(self.child())
+    }
+
+    /// A conversation with the agent of life `life`, which any client of the socket can have.
+    #[track_caller]
+    pub fn agent(&self, life: u32) -> Agent {
+        agent_at(&self.path, life)
     }
 
     /// Ends the machine as Ctrl-C does.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
-    CheckTicks, GuestReset, Hello, PROTOCOL_VERSION, Poisoning, Reply, Report, Request,
-    StateReading,
+    CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION,
+    Poisoning, Reply, Report, Request, StateReading,
 };
 use serde::de::DeserializeOwned;
 
@@ -140,6 +140,50 @@ impl Agent {
         self.send(&Request::Hold)
     }
 
+    /// Has the guest use disk `number`; `Err` is why it has none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn disk(
+        &mut self,
+        number: u8,
+        request: DiskRequest,
+    ) -> Result<Result<DiskAnswer, String>, AgentError> {
+        match self.ask(&Request::Disk { number, request })? {
+            Reply::Disk(answer) => Ok(Ok(answer)),
+            Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Random bytes of the guest's virtio-rng device, at most `bytes`; `Err` is why there are none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn random(&mut self, bytes: u32) -> Result<Result<Vec<u8>, String>, AgentError> {
+        match self.ask(&Request::Random { bytes })? {
+            Reply::Random(bytes) => Ok(Ok(bytes)),
+            Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the guest open a connection to `host_port`, on which it will greet like on this one. Gives its own port.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn connect(
+        &mut self,
+        host_port: u32,
+        timeout: Duration,
+    ) -> Result<Result<u32, ConnectError>, AgentError> {
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        match self.ask(&Request::Connect { host_port, timeout_ms })? {
+            Reply::Connected(outcome) => Ok(outcome),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest reset its machine. The conversation ends with its life.
     ///
     /// # Errors
@@ -204,6 +248,10 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::State(..) => "with its state".into(),
         Reply::Poisoned(..) => "that it is poisoned".into(),
         Reply::Done => "that it is done".into(),
+        Reply::Disk(_) => "for a disk".into(),
+        Reply::Random(_) => "with random bytes".into(),
+        Reply::Connected(_) => "with the outcome of a connection".into(),
+        Reply::Transferred(_) => "with the end of a transfer".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

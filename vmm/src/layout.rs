@@ -50,7 +50,7 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// The agent's image lies below, with everything that it uses as memory. A multiple of 2 MiB, so that what is above can have
 /// large pages.
-pub const AGENT_END: u64 = 10 << 20;
+pub const AGENT_END: u64 = 12 << 20;
 
 /// First serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;

@@ -12,6 +12,8 @@ pub mod cli;
 pub mod device;
 pub mod exit;
 pub mod fault;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod layout;

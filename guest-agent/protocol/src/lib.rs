@@ -1,7 +1,7 @@
 //! What the monitor and the guest agent say to each other.
 //!
-//! The host connects to the agent's vsock port [`AGENT_PORT`]; the agent greets with [`Hello`] and then answers
-//! one [`Request`] at a time with one [`Reply`]. On the stream each message is a length-prefixed frame
+//! The host connects to the agent's vsock port [`AGENT_PORT`], or has the agent connect to a port of its own; the agent greets
+//! with [`Hello`] and then answers one [`Request`] at a time with one [`Reply`]. On the stream each message is a length-prefixed frame
 //! (see [`frame`]). This crate does no I/O, and anything malformed is an error value, never a panic.
 
 #![no_std]
@@ -9,15 +9,21 @@
 
 extern crate alloc;
 
+mod device;
 pub mod frame;
 mod message;
+mod pattern;
 mod report;
 mod residue;
 
-pub use message::{Cause, GuestReset, Hello, ParseCauseError, Reply, Request};
+pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
+pub use message::{
+    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Reply, Request, Transfer, Transferred,
+};
+pub use pattern::Pattern;
 pub use report::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Report, Timings,
+    PmuStatus, Report, Timings, VsockReport,
 };
 pub use residue::{CheckTicks, Poisoning, StateReading};
 

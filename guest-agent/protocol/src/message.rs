@@ -7,7 +7,7 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CheckTicks, Poisoning, Report, StateReading};
+use crate::{CheckTicks, DiskAnswer, DiskRequest, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +56,74 @@ pub enum Request {
     /// Do nothing but wait for the host to reset the machine, with a mark in every register. No reply: a write to port 0x80
     /// says when it has come to that.
     Hold,
+    /// Open a connection to a port of the host. It is greeted and served like one that the host has opened.
+    Connect {
+        /// The host's port.
+        host_port: u32,
+        /// How long to wait for the host's answer, in milliseconds.
+        timeout_ms: u32,
+    },
+    /// Move raw bytes on this connection, then reply.
+    Transfer(Transfer),
+    /// Reply, then close directions of this connection.
+    Shutdown {
+        /// The agent sends no more. It still carries out what it is asked, and what it would reply is dropped.
+        send: bool,
+        /// The agent takes no more: what still comes is dropped.
+        receive: bool,
+    },
+    /// Use a disk.
+    Disk {
+        /// Which of them, from 0 on.
+        number: u8,
+        /// For what.
+        request: DiskRequest,
+    },
+    /// Send so many random bytes of the virtio-rng device, or as many as it gives at once.
+    Random {
+        /// How many.
+        bytes: u32,
+    },
+}
+
+/// Raw bytes in either direction, or in both at the same time: right behind the request those for the guest, right before the
+/// reply those for the host. They are patterns that either side can check: [`crate::Pattern`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// How many bytes the agent sends.
+    pub to_host: u64,
+    /// Most payload of each of its packets, in bytes. Buffers and credit can make them shorter.
+    pub message: u32,
+    /// How many bytes the agent takes and checks.
+    pub to_guest: u64,
+    /// What both patterns come from.
+    pub seed: u64,
+}
+
+/// How a [`Transfer`] went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transferred {
+    /// Bytes sent: fewer than asked for if the host takes no more.
+    pub to_host: u64,
+    /// Bytes taken: fewer than announced if the host has closed this direction.
+    pub to_guest: u64,
+    /// Where in the bytes taken the first one is that differs from the pattern.
+    pub first_wrong: Option<u64>,
+    /// How often the agent had bytes to send and no credit.
+    pub credit_stalls: u32,
+    /// How long it took, in microseconds of the guest.
+    pub us: u64,
+}
+
+/// Why a connection to the host was not opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConnectError {
+    /// The host said no.
+    Refused,
+    /// The host did not answer in time.
+    TimedOut,
+    /// The agent has as many connections as it can hold.
+    TooMany,
 }
 
 /// What the agent answers.
@@ -77,10 +145,18 @@ pub enum Reply {
     State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
     Poisoned(Vec<Poisoning>, CheckTicks),
-    /// To [`Request::ArmPmu`] and [`Request::AwaitNmi`].
+    /// To [`Request::ArmPmu`], [`Request::AwaitNmi`] and [`Request::Shutdown`].
     Done,
     /// The request could not be carried out; the connection stays usable.
     Refused(String),
+    /// To [`Request::Disk`].
+    Disk(DiskAnswer),
+    /// To [`Request::Random`].
+    Random(Vec<u8>),
+    /// To [`Request::Connect`]: the guest's port of the new connection.
+    Connected(Result<u32, ConnectError>),
+    /// To [`Request::Transfer`].
+    Transferred(Transferred),
 }
 
 /// A reset that the guest itself can cause.

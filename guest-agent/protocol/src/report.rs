@@ -26,6 +26,8 @@ pub struct Report {
     pub exceptions: Vec<ExceptionRecord>,
     /// What the tracker of DMA buffers saw.
     pub dma: DmaReport,
+    /// What came over vsock that belongs to nothing in this life.
+    pub vsock: VsockReport,
     /// When things happened.
     pub timings: Timings,
 }
@@ -158,6 +160,15 @@ pub struct DmaReport {
     pub violations: Vec<String>,
     /// How many violations there were.
     pub violation_count: u32,
+}
+
+/// Packets for connections that this life never had: somebody remembers those of an earlier one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockReport {
+    /// How many. Requests for new connections and resets of old ones are none.
+    pub stale_packets: u64,
+    /// The first few in words: what they were, and from which port of the host to which of the guest.
+    pub first: Vec<String>,
 }
 
 /// When things happened, as guest TSC values.

@@ -10,15 +10,19 @@ use agent::params::{Params, PortWrite};
 use agent::pmu;
 use agent::vsock::Answer;
 use agent_protocol::{
-    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Reply, Report, Request, Timings,
+    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Reply, Report, Request, Timings, VsockReport,
 };
 
 use crate::arch::{gate, leave, port, pvh, records, tsc};
 use crate::dma;
 use crate::machine_state;
+use crate::virtio::RequestDevices;
 
 /// How long to wait for a reset or an NMI that does not come, in polls: some milliseconds.
 const PATIENCE: u32 = 1 << 18;
+
+/// Stale packets that are told in words; all are counted.
+const MAX_STALE_TEXTS: usize = 8;
 
 /// The agent of one life.
 pub struct Agent {
@@ -32,6 +36,9 @@ pub struct Agent {
     entered: tsc::Native,
     /// Events of the vsock device so far: none, unless the machine was restored from somewhere.
     events: u64,
+    /// Devices that the host has asked for.
+    devices: RequestDevices,
+    vsock: VsockReport,
     /// Whether this life ends with marks in all registers.
     poisoned: bool,
     /// Whether it does nothing more than wait for its end.
@@ -51,9 +58,16 @@ impl Agent {
             timings: Timings { tsc_entry, ..Timings::default() },
             entered,
             events: 0,
+            devices: RequestDevices::default(),
+            vsock: VsockReport::default(),
             poisoned: false,
             holds: false,
         }
+    }
+
+    /// The number of this life, 0 if nobody told.
+    pub fn life(&self) -> u32 {
+        self.params.life
     }
 
     /// Logs a line with the present time.
@@ -106,8 +120,14 @@ impl Agent {
             nmi: self.nmi_account.report(&nmis),
             exceptions: records::exceptions().collect(),
             dma: dma::report(),
+            vsock: self.vsock.clone(),
             timings,
         }
+    }
+
+    /// Whether the local APIC's timer is the agent's own, and not yet what the residue check has made of it.
+    pub fn may_use_timer(&self) -> bool {
+        !self.poisoned
     }
 
     /// Whether nothing is left to do but [`Agent::hold`]; what was said before should be sent first.
@@ -117,6 +137,8 @@ impl Agent {
 
     /// Waits for the host to reset the machine, with marks in all registers.
     pub fn hold(&self) -> ! {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         leave::to_host()
     }
 
@@ -187,6 +209,8 @@ impl Agent {
 
     /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
+        #[cfg(feature = "attacks")]
+        crate::attacker::attack_devices(&self.params);
         if self.poisoned {
             machine_state::last_poison();
             match (reset, self.params.acpi_reset) {
@@ -218,6 +242,8 @@ impl Answer for Agent {
     }
 
     fn answer(&mut self, request: Request) -> Option<Reply> {
+        // Not yet done if the host asked before it was greeted.
+        self.finish_boot();
         Some(match request {
             Request::GetReport => Reply::Report(self.report()),
             Request::Ping(number) => Reply::Pong(number),
@@ -241,6 +267,14 @@ impl Answer for Agent {
                 self.holds = true;
                 return None;
             }
+            Request::Disk { number, request } => {
+                let answer = self.devices.disk(&self.params, number, &request);
+                answer.map_or_else(Reply::Refused, Reply::Disk)
+            }
+            Request::Random { bytes } => {
+                let random = self.devices.random(&self.params, bytes);
+                random.map_or_else(Reply::Refused, Reply::Random)
+            }
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();
                 while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {
@@ -248,7 +282,25 @@ impl Answer for Agent {
                 }
                 Reply::Done
             }
+            // Whoever has the connections carries them out.
+            Request::Connect { .. } | Request::Transfer(_) | Request::Shutdown { .. } => {
+                return None;
+            }
         })
+    }
+
+    fn now_us(&self) -> u64 {
+        /// Where nobody tells the frequency: about that of every processor.
+        const LIKELY_KHZ: u32 = 2_500_000;
+        let khz = Some(self.timings.tsc_khz).filter(|khz| *khz > 0).unwrap_or(LIKELY_KHZ);
+        tsc::now().wrapping_sub(self.timings.tsc_entry) / u64::from(khz.div_ceil(1000))
+    }
+
+    fn note_stale(&mut self, packet: String) {
+        self.vsock.stale_packets += 1;
+        if self.vsock.first.len() < MAX_STALE_TEXTS {
+            self.vsock.first.push(packet);
+        }
     }
 
     fn note_event(&mut self) {

@@ -13,6 +13,7 @@ pub fn line(report: &Report) -> String {
 mod tests {
     use agent_protocol::{
         Cause, DmaReport, LogLine, MsrReading, NmiReport, PmuCpuid, PmuReport, PmuStatus, Timings,
+        VsockReport,
     };
 
     use super::*;
@@ -33,6 +34,7 @@ mod tests {
             nmi: NmiReport::default(),
             exceptions: vec![],
             dma: DmaReport::default(),
+            vsock: VsockReport::default(),
             timings: Timings::default(),
         };
         let line = line(&report);

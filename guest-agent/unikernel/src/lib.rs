@@ -6,6 +6,8 @@
 
 extern crate alloc;
 
+#[cfg(feature = "attacks")]
+pub mod attack;
 pub mod dma_tracker;
 pub mod json;
 pub mod kernel_log;

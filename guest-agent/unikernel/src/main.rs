@@ -11,6 +11,8 @@ extern crate alloc;
 
 #[allow(unsafe_code)]
 mod arch;
+#[cfg(feature = "attacks")]
+mod attacker;
 #[allow(unsafe_code)]
 mod dma;
 mod guest;
@@ -24,7 +26,7 @@ use core::fmt::Write;
 use agent::json;
 use agent::kernel_log::Level;
 use agent::params::Params;
-use agent::vsock::Listener;
+use agent::vsock::{Answer, Connections};
 use alloc::format;
 
 use arch::mmio::Registers;
@@ -64,6 +66,8 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
             if device.is_some() {
                 agent.set_ready();
             }
+            #[cfg(feature = "attacks")]
+            let device = device.map(|device| device.with_noise(params));
             device
         }
         Err(error) => {
@@ -73,29 +77,32 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
     }
 }
 
-/// The agent's life. Each round takes what has come in, lets greetings out, answers, and sends.
+/// The agent's life. Each round takes what has come in, carries it out, and sends what comes of it.
 #[inline(never)]
 fn serve(mut device: VsockDevice, mut agent: Agent) -> ! {
-    let mut listener = Listener::new(device.guest_cid());
+    let mut connections = Connections::new(device.guest_cid(), agent.life());
     loop {
-        let round = device.receive(&mut listener, &mut agent).and_then(|()| {
-            device.send(&mut listener)?;
-            if listener.has_connections() {
+        let round = device.receive(&mut connections, &mut agent).and_then(|()| {
+            connections.expire(&agent);
+            let sent = device.send(&mut connections, &mut agent)?;
+            if connections.exist() {
                 agent.finish_boot();
             }
-            // Until neither has anything to do: a reply that leaves makes room for the next request, and nobody would
-            // wake us for one that is here already.
-            while listener.serve(&mut agent) | device.send(&mut listener)? {}
-            Ok(())
+            Ok(sent)
         });
-        if round.is_err() {
-            agent.log(Level::Error, "virtio_vsock: the device broke a ring".into());
-            report_on_serial(&mut agent);
+        match round {
+            Err(_) => {
+                agent.log(Level::Error, "virtio_vsock: the device broke a ring".into());
+                report_on_serial(&mut agent);
+            }
+            // What leaves makes room for what comes next, and nobody would wake us for what is here already.
+            Ok(true) => {}
+            Ok(false) if agent.must_hold() && connections.are_quiet() => agent.hold(),
+            Ok(false) => {
+                let deadline = connections.next_deadline().filter(|_| agent.may_use_timer());
+                device.wait(deadline.map(|at| at.saturating_sub(agent.now_us())));
+            }
         }
-        if agent.must_hold() {
-            agent.hold();
-        }
-        device.wait();
     }
 }
 

@@ -42,6 +42,9 @@ pub struct Params {
     pub acpi_reset: Option<PortWrite>,
     /// `agent.acpi_poweroff=PORT:VALUE`.
     pub acpi_poweroff: Option<PortWrite>,
+    /// `attack.*`.
+    #[cfg(feature = "attacks")]
+    pub attack: crate::attack::Orders,
     devices: Vec<VirtioDevice>,
 }
 
@@ -58,6 +61,9 @@ impl Params {
                 "agent.report" => params.serial_report = value == "serial",
                 "agent.acpi_reset" => params.acpi_reset = parse_port_write(value),
                 "agent.acpi_poweroff" => params.acpi_poweroff = parse_port_write(value),
+                #[cfg(feature = "attacks")]
+                _ => params.attack.add(key, value),
+                #[cfg(not(feature = "attacks"))]
                 _ => {}
             }
         }

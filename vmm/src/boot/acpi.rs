@@ -1,8 +1,9 @@
-//! ACPI tables for kernels that look for them: processors, I/O APIC, virtio devices, reset register, sleep register. Hardware-reduced, so
+//! ACPI tables for kernels that look for them: processors, I/O APIC, serial port, virtio devices, reset register, sleep register. Hardware-reduced, so
 //! there is no SCI, no power-management timer and no legacy device to find (ACPI 6.5, section 4.1).
 
 use acpi_tables::aml::{
-    Device, Interrupt, Memory32Fixed, Name, ONE, PackageBuilder, ResourceTemplate,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, PackageBuilder, ResourceTemplate,
+    ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -72,17 +73,36 @@ fn dsdt(slots: impl Iterator<Item = VirtioSlot>) -> Sdt {
     s5.add_element(&ACPI_SLEEP_S5);
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&bytes(&Name::new("_S5_".into(), &s5)));
+    table.append_slice(&serial_port());
     for (number, slot) in slots.enumerate() {
         table.append_slice(&virtio_device(number, slot));
     }
     table
 }
 
+/// The serial port. Without an interrupt that it can route, Linux shows its own messages and nothing of its programs'.
+fn serial_port() -> Vec<u8> {
+    let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 0, 8);
+    let interrupt = edge_interrupt(layout::SERIAL_PIN);
+    bytes(&Device::new(
+        "\\_SB_.COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    ))
+}
+
+/// Edge-triggered, active high and not shared: a device signals its pin once for each interrupt.
+fn edge_interrupt(pin: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, pin)
+}
+
 /// A device as Linux's virtio_mmio driver looks for it. Debian's kernels do not read the command line for them.
 fn virtio_device(number: usize, slot: VirtioSlot) -> Vec<u8> {
     let registers = Memory32Fixed::new(true, slot.base as u32, layout::VIRTIO_MMIO_SIZE as u32);
-    // Edge-triggered, active high and not shared: a device signals its pin once for each interrupt.
-    let interrupt = Interrupt::new(true, true, false, false, slot.pin);
+    let interrupt = edge_interrupt(slot.pin);
     let path = format!("\\_SB_.VI{number:02}");
     bytes(&Device::new(
         path.as_str().into(),
@@ -141,13 +161,15 @@ mod tests {
     }
 
     #[test]
-    fn each_virtio_device_is_described_once_with_its_registers_and_its_pin() {
+    fn devices_are_described_once_with_their_registers_and_their_pin() {
         let count = |table: &[u8], wanted: &[u8]| {
             table.windows(wanted.len()).filter(|bytes| *bytes == wanted).count()
         };
         for devices in [0, 1, 19] {
             let table = bytes(&dsdt(layout::virtio_slots().take(devices)));
             assert_eq!(count(&table, b"LNRO0005"), devices);
+            // Eight I/O ports from 0x3f8 on (ACPI 6.5, section 6.4.2.5), pin 4.
+            assert_eq!(count(&table, &[0x47, 1, 0xf8, 3, 0xf8, 3, 0, 8, 0x89, 6, 0, 3, 1, 4]), 1);
             for slot in layout::virtio_slots().take(devices) {
                 // 32-bit fixed memory range, writable (ACPI 6.5, section 6.4.3.4); extended interrupt of one pin
                 // (section 6.4.3.6).

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use jailer::cgroup::Setting;
 use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, Root, User};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
 use crate::device::block::WORKERS;
@@ -88,6 +89,7 @@ impl Arguments {
     ) -> Result<u8, Error> {
         if self.no_jail {
             notice("--no-jail: the machine runs in this process, with all its rights");
+            allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
             let interrupts = Interrupts::catch()?.and_transport_resets()?;
             let (resources, _socket_files) = Resources::open(&config)?;
@@ -152,6 +154,18 @@ impl Arguments {
             limits: [&limits[..], &self.resource_limit].concat(),
             runs_a_program: false,
         })
+    }
+}
+
+/// Lets this process have as many descriptors as one in a jail, or as many as it may.
+fn allow_descriptors() -> rustix::io::Result<()> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
+    match current {
+        Some(current) if current < wanted => {
+            setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+        }
+        _ => Ok(()),
     }
 }
 

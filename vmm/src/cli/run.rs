@@ -112,7 +112,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
-    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 10 MiB and speaks the same protocol
+    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 12 MiB and speaks the same protocol
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     agent: Option<PathBuf>,
 
@@ -129,6 +129,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
 
+    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
+    /// a message of its own, and so is all that follows
+    #[arg(long, value_name = "PATH", requires = "uds")]
+    uds_seqpacket: Option<PathBuf>,
+
     /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
     #[arg(long, value_name = "PATH[,ro]")]
     disk: Vec<DiskConfig>,
@@ -136,11 +141,6 @@ pub(super) struct Arguments {
     /// A source of random bytes (virtio-rng)
     #[arg(long)]
     rng: bool,
-
-    /// Unix socket of type SOCK_SEQPACKET for clients of the guest's vsock sockets of that type: the same convention, each line
-    /// a message of its own, and so is all that follows
-    #[arg(long, value_name = "PATH", requires = "uds")]
-    uds_seqpacket: Option<PathBuf>,
 
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]

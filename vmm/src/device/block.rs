@@ -6,7 +6,7 @@
 //! and is switched off on many hosts.)
 
 mod disk;
-mod request;
+pub(crate) mod request;
 mod workers;
 
 use std::io;

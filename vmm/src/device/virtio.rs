@@ -2,9 +2,9 @@
 
 pub mod audit;
 pub(in crate::device) mod bell;
-pub(in crate::device) mod chain;
+pub(crate) mod chain;
 pub mod mmio;
-pub(in crate::device) mod ring;
+pub(crate) mod ring;
 pub mod stale;
 #[cfg(test)]
 pub(in crate::device) mod testing;

@@ -12,13 +12,13 @@ mod connector;
 mod credit;
 mod endpoint;
 mod host;
-mod packet;
+pub(crate) mod packet;
 mod payload;
 mod poll;
 mod stats;
 mod table;
 mod traffic;
-mod unix;
+pub(crate) mod unix;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;

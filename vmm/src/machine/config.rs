@@ -63,12 +63,12 @@ pub struct Config {
     pub console: ConsoleOutput,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
+    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
+    pub vsock_messages_path: Option<PathBuf>,
     /// A virtio-rng device.
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
-    /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
-    pub vsock_messages_path: Option<PathBuf>,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
@@ -151,7 +151,7 @@ impl Config {
     /// Refuses to leave RAM as it is where there is none besides the agent's.
     pub(super) fn check_faults(&self) -> Result<(), FaultError> {
         match self.faults.has(Fault::RamKept) && self.mem_mib << 20 <= layout::AGENT_END {
-            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 10")),
+            true => Err(FaultError::Lacking(Fault::RamKept, "more RAM than --mem 12")),
             false => Ok(()),
         }
     }

@@ -7,14 +7,15 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use vm_memory::VolatileSlice;
 
-/// Most pieces of one call. Guests use one or two for a packet; what lies in more takes more calls.
-const MOST: usize = 64;
+/// Most pieces of one call. Guests use one or two for a packet; what lies in more takes more calls. Linux takes 1,024
+/// (`UIO_MAXIOV`).
+pub(super) const MOST: usize = 64;
 
 /// Pieces of guest RAM in the order of their bytes.
 #[derive(Debug)]
 pub struct Pieces<'a> {
-    vectors: [libc::iovec; MOST],
-    count: usize,
+    pub(super) vectors: [libc::iovec; MOST],
+    pub(super) count: usize,
     len: usize,
     ram: PhantomData<VolatileSlice<'a>>,
 }

@@ -1,6 +1,6 @@
 use agent_protocol::{
     DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Timings,
+    PmuStatus, Timings, VsockReport,
 };
 
 use super::*;
@@ -16,6 +16,7 @@ fn report(life: u32, cause: Cause) -> Report {
         nmi: NmiReport::default(),
         exceptions: Vec::new(),
         dma: DmaReport::default(),
+        vsock: VsockReport::default(),
         timings: Timings { tsc_entry: 1000, tsc_khz: 2_000_000, ..Timings::default() },
     }
 }

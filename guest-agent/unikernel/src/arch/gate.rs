@@ -5,6 +5,7 @@ use agent::pmu::{MsrOperation, Msrs};
 use agent_protocol::PmuCpuid;
 
 use super::mmio::{Access, RegisterAddress};
+use super::nucleus::DEVICE_VECTOR;
 use super::virtio::VirtioSetUp;
 
 /// Ring 0 cannot be interrupted during a batch, so it is kept short.
@@ -267,6 +268,19 @@ pub fn deliver_overflows_as_nmis() {
     const X2APIC_LVT_COUNTERS: u32 = 0x834;
     const NMI: u64 = 0x400;
     CpuMsrs.run(&mut [MsrOperation::write(X2APIC_LVT_COUNTERS, NMI)]);
+}
+
+/// Has the local APIC's timer interrupt once, as a device does. Its clock is taken to be that of KVM and QEMU (1 GHz) divided
+/// by two as a reset leaves it: where it is not, or this is longer than it counts, the caller has to look at the time.
+pub fn interrupt_in(us: u64) {
+    const X2APIC_LVT_TIMER: u32 = 0x832;
+    const X2APIC_INITIAL_COUNT: u32 = 0x838;
+    const TICKS_PER_US: u64 = 500;
+    let count = us.saturating_mul(TICKS_PER_US).clamp(1, u32::MAX.into());
+    CpuMsrs.run(&mut [
+        MsrOperation::write(X2APIC_LVT_TIMER, DEVICE_VECTOR.into()),
+        MsrOperation::write(X2APIC_INITIAL_COUNT, count),
+    ]);
 }
 
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).

@@ -79,7 +79,12 @@ gate_virtio:
     movl $0, 0x70(%rdi)             # Status: reset, ACKNOWLEDGE, DRIVER; one bit at a time as strict monitors want it
     movl $1, 0x70(%rdi)
     movl $3, 0x70(%rdi)
-    movl $1, 0x24(%rdi)             # DriverFeaturesSel: the upper word; the lower one is zero after a reset
+    movl 20(%rsi), %eax
+    testl %eax, %eax
+    jz 3f                           # the lower word is zero after a reset
+    movl $0, 0x24(%rdi)             # DriverFeaturesSel
+    movl %eax, 0x20(%rdi)           # DriverFeatures
+3:  movl $1, 0x24(%rdi)             # the upper word
     movl 8(%rsi), %eax
     movl %eax, 0x20(%rdi)           # DriverFeatures
     movl $11, 0x70(%rdi)            # FEATURES_OK, and whether it stays
@@ -87,7 +92,7 @@ gate_virtio:
     jz 2f
     incl (%rsi)
     movl 12(%rsi), %ecx
-    leaq 20(%rsi), %rdx
+    leaq 24(%rsi), %rdx
     xorl %r8d, %r8d
 1:  movl %r8d, 0x30(%rdi)           # QueueSel
     movl (%rdx), %eax

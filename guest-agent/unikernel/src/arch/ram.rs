@@ -29,6 +29,13 @@ fn usable_end() -> u64 {
         .unwrap_or(start)
 }
 
+/// All of it.
+#[cfg(feature = "attacks")]
+pub fn free() -> core::ops::Range<u64> {
+    let start = (&raw const image_end) as u64;
+    start..usable_end().max(start)
+}
+
 /// Whether there is RAM that the page tables do not map.
 pub fn reaches_beyond_map() -> bool {
     usable_end() > MAPPED

@@ -40,16 +40,17 @@ pub struct VirtioSetUp {
     features_high: u32,
     queue_count: u32,
     config: u32,
+    features_low: u32,
     queues: [QueueSetUp; MAX_QUEUES],
 }
 
 impl VirtioSetUp {
-    /// A set-up for devices of this type with these feature bits, of which the lower half is zero, and these queues.
+    /// A set-up for devices of this type with these feature bits and these queues.
     ///
     /// # Panics
     /// If there are no queues or too many.
     pub fn new(device_type: u32, features: u64, queues: &[QueueSetUp]) -> Self {
-        assert!((1..=MAX_QUEUES).contains(&queues.len()) && features as u32 == 0);
+        assert!((1..=MAX_QUEUES).contains(&queues.len()));
         let mut all = [QueueSetUp::default(); MAX_QUEUES];
         all[..queues.len()].copy_from_slice(queues);
         Self {
@@ -58,6 +59,7 @@ impl VirtioSetUp {
             features_high: (features >> 32) as u32,
             queue_count: queues.len() as u32,
             config: 0,
+            features_low: features as u32,
             queues: all,
         }
     }

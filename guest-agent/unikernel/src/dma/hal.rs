@@ -4,12 +4,12 @@ use core::cell::{RefCell, UnsafeCell};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use agent::dma_tracker::{DmaTracker, Span};
+use agent::dma_tracker::{DmaTracker, LINE, Span};
 use agent_protocol::DmaReport;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
-/// Three queues with two rings each, none of them larger than a page.
-const RING_PAGES: usize = 6;
+/// Six queues with two rings each, none of them larger than a page.
+const RING_PAGES: usize = 12;
 
 #[repr(C, align(4096))]
 struct RingPages(UnsafeCell<[[u8; PAGE_SIZE]; RING_PAGES]>);
@@ -38,7 +38,12 @@ pub(super) struct AgentHal;
 
 fn span(buffer: NonNull<[u8]>, direction: BufferDirection) -> Span {
     let device_writes = direction != BufferDirection::DriverToDevice;
-    Span { start: buffer.cast::<u8>().as_ptr() as u64, len: buffer.len() as u64, device_writes }
+    let len = match device_writes {
+        // All that a device writes is the front of a `DmaBuffer` or its last line, whose lines belong to the device as a whole.
+        true => (buffer.len() as u64).next_multiple_of(LINE),
+        false => buffer.len() as u64,
+    };
+    Span { start: buffer.cast::<u8>().as_ptr() as u64, len, device_writes }
 }
 
 // SAFETY: pages come zeroed from the image's bss, aligned, each given out once; physical and virtual addresses are the

@@ -19,7 +19,7 @@ pub struct BrokenQueue;
 #[derive(Clone, Copy)]
 struct Posted {
     slot: u8,
-    len: u16,
+    len: u32,
 }
 
 /// Buffers and ring of one queue. A buffer is the device's exactly while `posted` names its slot.
@@ -32,7 +32,7 @@ struct Slots<const SIZE: usize, const LEN: usize, B: 'static = DmaBuffer<LEN>> {
 }
 
 impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> Slots<SIZE, LEN, B> {
-    const SIZES_FIT: () = assert!(SIZE <= 1 << 8 && LEN <= u16::MAX as usize);
+    const SIZES_FIT: () = assert!(SIZE <= 1 << 8 && LEN <= u32::MAX as usize);
 
     /// Boxed and not inlined: three queues in one frame would spread the stack over pages that are never used again.
     #[inline(never)]
@@ -46,8 +46,8 @@ impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> Slots<SIZE, LEN, B> {
     }
 
     /// Gives the first `len` bytes of a buffer to the device, to be written or to be read.
-    fn post(&mut self, slot: u8, len: u16, device_writes: bool) -> Result {
-        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)];
+    fn post(&mut self, slot: u8, len: u32, device_writes: bool) -> Result {
+        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..len as usize];
         // SAFETY: the buffer is static and, being `posted` from here on, not touched before `pop`.
         let token = unsafe {
             if device_writes {
@@ -65,7 +65,7 @@ impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> Slots<SIZE, LEN, B> {
         let Some(token) = self.ring.peek_used() else { return Ok(None) };
         let entry = self.posted.get_mut(usize::from(token)).ok_or(BrokenQueue)?;
         let Posted { slot, len } = entry.take().ok_or(BrokenQueue)?;
-        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)];
+        let buffer = &mut self.buffers[usize::from(slot)].bytes_mut()[..len as usize];
         // SAFETY: `posted` had these bytes under this token, so they are what `add` was given.
         let written = unsafe {
             if device_writes {
@@ -74,9 +74,8 @@ impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> Slots<SIZE, LEN, B> {
                 self.ring.pop_used(token, &[buffer], &mut [])
             }
         };
-        let written = written.ok().and_then(|written| u16::try_from(written).ok());
         match written {
-            Some(written) if written <= len => Ok(Some(Posted { slot, len: written })),
+            Ok(written) if written <= len => Ok(Some(Posted { slot, len: written })),
             _ => Err(BrokenQueue),
         }
     }
@@ -101,7 +100,7 @@ impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> ToGuestQueue<SIZE, LEN
     pub fn new(index: u16, pool: &'static Pool<SIZE, LEN, B>) -> Result<Self> {
         let mut slots = Slots::new(index, pool)?;
         for slot in 0..SIZE {
-            slots.post(slot as u8, LEN as u16, true)?;
+            slots.post(slot as u8, LEN as u32, true)?;
         }
         Ok(Self(slots))
     }
@@ -115,8 +114,8 @@ impl<const SIZE: usize, const LEN: usize, B: Buffer<LEN>> ToGuestQueue<SIZE, LEN
         read: impl FnOnce(&[u8]) -> T,
     ) -> core::result::Result<Option<T>, BrokenQueue> {
         let Some(Posted { slot, len }) = self.0.pop(true)? else { return Ok(None) };
-        let result = read(&self.0.buffers[usize::from(slot)].bytes_mut()[..usize::from(len)]);
-        self.0.post(slot, LEN as u16, true).map_err(|_| BrokenQueue)?;
+        let result = read(&self.0.buffers[usize::from(slot)].bytes_mut()[..len as usize]);
+        self.0.post(slot, LEN as u32, true).map_err(|_| BrokenQueue)?;
         Ok(Some(result))
     }
 
@@ -174,7 +173,7 @@ impl<const SIZE: usize, const LEN: usize> ToHostQueue<SIZE, LEN> {
         while let Some(slot) = self.busy.iter().position(|busy| !busy)
             && let Some(len) = write(self.slots.buffers[slot].bytes_mut())
         {
-            self.slots.post(slot as u8, len as u16, false).map_err(|_| BrokenQueue)?;
+            self.slots.post(slot as u8, len as u32, false).map_err(|_| BrokenQueue)?;
             self.busy[slot] = true;
             sent = true;
         }

@@ -10,12 +10,46 @@ use crate::arch::gate;
 use crate::arch::mmio::{Access, RegisterAddress, Registers};
 use crate::arch::virtio::{Refusal, VirtioSetUp};
 
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+
 /// Register offsets, section 4.2.2.
 mod offset {
+    pub const MAGIC: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_TYPE: u64 = 0x008;
+    pub const FEATURES: u64 = 0x010;
+    pub const FEATURES_SELECT: u64 = 0x014;
     pub const QUEUE_NOTIFY: u64 = 0x050;
     pub const INTERRUPT_ACK: u64 = 0x064;
     pub const STATUS: u64 = 0x070;
     pub const CONFIG: u64 = 0x100;
+}
+
+/// Whether this is a modern device of the type.
+pub fn is_of_type(registers: &Registers, device_type: u32) -> bool {
+    if !registers.contain(offset::CONFIG) {
+        return false;
+    }
+    let read = |offset| Access::read(registers.address(offset));
+    let mut reads = [read(offset::MAGIC), read(offset::VERSION), read(offset::DEVICE_TYPE)];
+    gate::access_registers(&mut reads);
+    reads.map(|read| read.value()) == [MAGIC, VERSION, device_type]
+}
+
+/// The feature bits that a device offers.
+pub fn offered_features(registers: &Registers) -> u64 {
+    let [select, features] =
+        [offset::FEATURES_SELECT, offset::FEATURES].map(|offset| registers.address(offset));
+    let mut accesses = [
+        Access::write(select, 0),
+        Access::read(features),
+        Access::write(select, 1),
+        Access::read(features),
+    ];
+    gate::access_registers(&mut accesses);
+    u64::from(accesses[3].value()) << 32 | u64::from(accesses[1].value())
 }
 
 /// A running device.
@@ -53,9 +87,19 @@ impl MmioTransport {
         self.registers.address(offset::INTERRUPT_ACK)
     }
 
+    /// The feature bits on offer.
+    pub fn offered_features(&self) -> u64 {
+        offered_features(&self.registers)
+    }
+
     /// The first 32-bit word of the configuration space.
     pub fn config_word(&self) -> u32 {
-        let mut read = [Access::read(self.registers.address(offset::CONFIG))];
+        self.config_word_at(0)
+    }
+
+    /// The 32-bit word of the configuration space at `offset`.
+    pub fn config_word_at(&self, offset: u64) -> u32 {
+        let mut read = [Access::read(self.registers.address(offset::CONFIG + offset))];
         gate::access_registers(&mut read);
         read[0].value()
     }

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
-use agent::vsock::{Answer, Listener};
+use agent::vsock::{Answer, Connections};
 
 use super::transport::MmioTransport;
 use crate::arch::mmio::Registers;
@@ -58,6 +58,8 @@ pub struct VsockDevice {
     events: ToGuestQueue<EVENTS, EVENT_LEN, EventBuffer>,
     guest_cid: u32,
     unrouted_irq: Option<u8>,
+    #[cfg(feature = "attacks")]
+    noise: Option<agent::attack::Noise>,
 }
 
 impl VsockDevice {
@@ -86,8 +88,16 @@ impl VsockDevice {
         });
         let Some((result, irq)) = started else { return Ok(None) };
         let (transport, guest_cid) = result.map_err(StartError::Device)?;
-        let device =
-            Self { transport, to_guest, to_host, events, guest_cid, unrouted_irq: Some(irq) };
+        let device = Self {
+            transport,
+            to_guest,
+            to_host,
+            events,
+            guest_cid,
+            unrouted_irq: Some(irq),
+            #[cfg(feature = "attacks")]
+            noise: None,
+        };
         device.notify_posted(TO_GUEST, &device.to_guest);
         device.notify_posted(EVENT, &device.events);
         #[cfg(feature = "packed-event-buffers")]
@@ -95,18 +105,25 @@ impl VsockDevice {
         Ok(Some(device))
     }
 
+    /// The same with bad packets among the good ones, if the command line wants them.
+    #[cfg(feature = "attacks")]
+    pub fn with_noise(mut self, params: &agent::params::Params) -> Self {
+        self.noise = params.attack.noise(params.life, self.guest_cid());
+        self
+    }
+
     /// Our context id. Its upper half is reserved and zero.
     pub fn guest_cid(&self) -> u64 {
         self.guest_cid.into()
     }
 
-    /// Hands everything that has come in to the listener.
+    /// Hands everything that has come in to its connections.
     ///
     /// # Errors
     /// If the device broke the rules of a ring.
     pub fn receive(
         &mut self,
-        listener: &mut Listener,
+        connections: &mut Connections,
         agent: &mut impl Answer,
     ) -> Result<(), BrokenQueue> {
         let mut event = None;
@@ -121,12 +138,12 @@ impl VsockDevice {
         }
         if event == Some(TRANSPORT_RESET) {
             self.guest_cid = self.transport.config_word();
-            listener.transport_reset(self.guest_cid());
+            connections.transport_reset(self.guest_cid());
         }
         // At most one ring's worth, so that answers get out even if the host never pauses.
         let mut taken = 0;
         while taken < TO_GUEST_PACKETS
-            && self.to_guest.take(|packet| listener.receive(packet, agent))?.is_some()
+            && self.to_guest.take(|packet| connections.receive(packet, agent))?.is_some()
         {
             taken += 1;
         }
@@ -136,20 +153,31 @@ impl VsockDevice {
         Ok(())
     }
 
-    /// Sends what the listener has to send, as far as there are free buffers. Returns whether that was anything.
+    /// Carries out what has come in and sends what there is to send, as far as there are free buffers. Returns whether that was
+    /// anything.
     ///
     /// # Errors
     /// If the device broke the rules of the ring.
-    pub fn send(&mut self, listener: &mut Listener) -> Result<bool, BrokenQueue> {
-        let sent = self.to_host.send(|buffer| listener.next_packet(buffer))?;
+    pub fn send(
+        &mut self,
+        connections: &mut Connections,
+        agent: &mut impl Answer,
+    ) -> Result<bool, BrokenQueue> {
+        #[cfg(feature = "attacks")]
+        let sent = self.to_host.send(|buffer| match &mut self.noise {
+            Some(noise) => noise.among(buffer, |buffer| connections.next_packet(buffer, agent)),
+            None => connections.next_packet(buffer, agent),
+        })?;
+        #[cfg(not(feature = "attacks"))]
+        let sent = self.to_host.send(|buffer| connections.next_packet(buffer, agent))?;
         if sent == Some(true) {
             self.transport.notify(TO_HOST);
         }
         Ok(sent.is_some())
     }
 
-    /// Returns when there is something to do: polls for a while, then sleeps.
-    pub fn wait(&mut self) {
+    /// Returns when there is something to do, or `for_us` microseconds have passed: polls for a while, then sleeps.
+    pub fn wait(&mut self, for_us: Option<u64>) {
         for _ in 0..POLLS {
             if self.is_ready() {
                 return;
@@ -161,6 +189,9 @@ impl VsockDevice {
             io_apic::route(irq);
         }
         let seen = records::interrupts();
+        if let Some(us) = for_us {
+            gate::interrupt_in(us);
+        }
         self.set_interrupts(true);
         // The device must see the wish before we look for the last time (section 2.7.7.1).
         fence(Ordering::SeqCst);

@@ -1,151 +1,301 @@
-//! One connection from the host: its bytes in both directions and what it still has to send.
+//! The protocol of one connection (virtio 1.3, section 5.10.6): what the host may send in which state, and what is due to it.
+//! Who asked for it matters until it is accepted, and no longer.
 
 use alloc::vec::Vec;
 
+use agent_protocol::Reply;
 use agent_protocol::frame::FrameError;
 
-use super::credit::{Credit, CreditError};
-use super::packet::Operation;
-use super::session::{Answer, answer_frames};
+use super::credit::Credit;
+use super::packet::{Header, Operation};
+use super::session::{Answer, Served, Session};
 
 /// Flags of a SHUTDOWN packet: the sender will not receive, will not send.
 pub(super) const NO_RECEIVE: u32 = 1;
 pub(super) const NO_SEND: u32 = 2;
+pub(super) const BOTH: u32 = NO_RECEIVE | NO_SEND;
 
-/// A packet that a connection wants to send; the listener adds the addresses.
+/// How long the host may take to confirm a shutdown.
+pub(super) const SHUTDOWN_TIMEOUT_US: u64 = 5_000_000;
+
+/// The ports of a connection, by which packets find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ports {
+    pub guest: u32,
+    pub host: u32,
+}
+
+/// A packet that a connection wants to send; whoever has all connections adds the addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outgoing {
     pub operation: Operation,
     pub len: u32,
     pub flags: u32,
+    pub buf_alloc: u32,
     pub fwd_cnt: u32,
+}
+
+/// What a packet from the host means for the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It goes on.
+    Fine,
+    /// The host has accepted the agent's request.
+    Accepted,
+    /// The host has said its last word.
+    Gone,
+    /// The host has closed both directions and wants that confirmed.
+    Closed,
+    /// The packet has no place here.
+    Violation,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The agent asks; the host has not answered.
+    Requesting { sent: bool },
+    /// The host has asked, and is to be answered.
+    Accepting,
+    /// Both know.
+    Established,
 }
 
 /// A connection.
 pub(super) struct Connection {
-    /// The port at the host's end.
-    pub host_port: u32,
+    phase: Phase,
     credit: Credit,
-    inbox: Vec<u8>,
-    outbox: Vec<u8>,
-    sent: usize,
-    accepted: bool,
+    session: Session,
     update_wanted: bool,
     credit_requested: bool,
-    host_done: bool,
-    /// Our SHUTDOWN has left; only the host's RST is awaited.
-    pub closing: bool,
+    /// Directions that the host has closed, that the agent wants closed, and that it has told the host of.
+    host_closed: u32,
+    closing: u32,
+    told: u32,
+    /// When patience with the host ends.
+    pub deadline: Option<u64>,
+    /// Whose request it is that the agent opened it.
+    pub asker: Option<Ports>,
+    /// It stands in the queue of those that may have something to do.
+    pub queued: bool,
 }
 
 impl Connection {
-    /// A connection that the host asks for; it starts with a RESPONSE and the greeting.
-    pub fn new(host_port: u32, buf_alloc: u32, fwd_cnt: u32, greeting: Vec<u8>) -> Self {
+    /// A connection that the agent asks for.
+    pub fn request(greeting: Vec<u8>, asker: Ports, deadline: u64) -> Self {
         Self {
-            host_port,
-            credit: Credit::new(buf_alloc, fwd_cnt),
-            inbox: Vec::new(),
-            outbox: greeting,
-            sent: 0,
-            accepted: false,
+            phase: Phase::Requesting { sent: false },
+            credit: Credit::new(),
+            session: Session::new(greeting),
             update_wanted: false,
             credit_requested: false,
-            host_done: false,
-            closing: false,
+            host_closed: 0,
+            closing: 0,
+            told: 0,
+            deadline: Some(deadline),
+            asker: Some(asker),
+            queued: false,
         }
     }
 
-    /// Takes over the credit that any packet of the host carries.
-    pub fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), CreditError> {
-        self.credit.update(buf_alloc, fwd_cnt)?;
+    /// A connection that the host asks for with `request`, and gets.
+    pub fn accept(greeting: Vec<u8>, request: &Header) -> Self {
+        let ports = Ports { guest: request.destination_port, host: request.source_port };
+        let mut connection = Self::request(greeting, ports, 0);
+        (connection.phase, connection.deadline, connection.asker) = (Phase::Accepting, None, None);
+        // Nothing was sent yet. A host that says otherwise loses the connection with its next packet.
+        let _ = connection.credit.update(request.buf_alloc, request.fwd_cnt);
+        connection
+    }
+
+    /// Whether the host has not answered the agent's request.
+    pub fn is_requesting(&self) -> bool {
+        matches!(self.phase, Phase::Requesting { .. })
+    }
+
+    /// Whether only the host's confirmation of a shutdown is awaited.
+    pub fn is_closing(&self) -> bool {
+        self.told == BOTH
+    }
+
+    /// Bytes of memory that the connection's data take.
+    pub fn held(&self) -> usize {
+        self.session.held()
+    }
+
+    /// Takes a packet.
+    pub fn receive(&mut self, header: &Header, payload: &[u8]) -> Verdict {
+        use Operation::{CreditRequest, CreditUpdate, Request, Response, Rst, Rw, Shutdown};
+        let operation = header.operation;
+        if operation == Rst {
+            return Verdict::Gone;
+        }
+        let requested = self.phase == Phase::Requesting { sent: true };
+        if self.is_requesting() && !(requested && operation == Response) {
+            return Verdict::Violation;
+        }
+        if self.credit.update(header.buf_alloc, header.fwd_cnt).is_err() {
+            return Verdict::Violation;
+        }
         // A host without room will say so when it has some; asking on would never end.
         if self.credit.peer_free() > 0 {
             self.credit_requested = false;
         }
-        Ok(())
-    }
-
-    /// Takes payload.
-    pub fn receive(&mut self, payload: &[u8]) -> Result<(), CreditError> {
-        // Packets have at most some KiB, so the length fits.
-        self.credit.receive(payload.len() as u32)?;
-        self.inbox.extend_from_slice(payload);
-        Ok(())
-    }
-
-    /// The host asked for our credit.
-    pub fn want_update(&mut self) {
-        self.update_wanted = true;
-    }
-
-    /// The host will send no more.
-    pub fn finish(&mut self) {
-        self.host_done = true;
-    }
-
-    /// Bytes of memory that the connection's data take, reserved ones included.
-    pub fn held(&self) -> usize {
-        self.inbox.capacity() + self.outbox.capacity()
-    }
-
-    /// Answers what has come in, unless a reply is still waiting for credit: then the host has to wait as well.
-    /// Returns whether there is a reply now that was not there before.
-    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<bool, FrameError> {
-        if !self.outbox.is_empty() {
-            return Ok(false);
-        }
-        self.outbox = answer_frames(&mut self.inbox, agent)?;
-        if self.outbox.is_empty() {
-            self.credit.forward_all();
-        }
-        Ok(!self.outbox.is_empty())
-    }
-
-    /// Carries out what has come in for a host that takes no more answers: they are dropped.
-    pub fn serve_without_answers(&mut self, agent: &mut impl Answer) -> Result<(), FrameError> {
-        loop {
-            self.outbox = Vec::new();
-            if !self.serve(agent)? {
-                return Ok(());
+        match operation {
+            Rw => return self.receive_payload(payload),
+            _ if !payload.is_empty() => return Verdict::Violation,
+            Response if requested => {
+                self.phase = Phase::Established;
+                self.deadline = None;
+                return Verdict::Accepted;
             }
+            CreditRequest => self.update_wanted = true,
+            CreditUpdate => {}
+            Shutdown => return self.receive_shutdown(header.flags),
+            Request | Response | Rst => return Verdict::Violation,
         }
+        Verdict::Fine
+    }
+
+    fn receive_payload(&mut self, payload: &[u8]) -> Verdict {
+        // Packets have at most some KiB, so the length fits.
+        let len = payload.len() as u32;
+        if self.host_closed & NO_SEND != 0 || self.credit.receive(len).is_err() {
+            return Verdict::Violation;
+        }
+        // What was on its way when the agent stopped listening is dropped.
+        let dropped = self.told & NO_RECEIVE != 0;
+        let taken = if dropped { len } else { self.session.receive(payload) };
+        self.credit.forward(taken);
+        Verdict::Fine
+    }
+
+    fn receive_shutdown(&mut self, flags: u32) -> Verdict {
+        let flags = flags & BOTH;
+        self.host_closed |= flags;
+        match (flags, self.host_closed) {
+            (0, _) => return Verdict::Violation,
+            (_, BOTH) => return Verdict::Closed,
+            (_, NO_RECEIVE) => self.session.mute(),
+            _ => self.session.end_input(),
+        }
+        Verdict::Fine
+    }
+
+    /// Carries out what has come in. `Nothing` means that it is for the host to go on.
+    ///
+    /// # Errors
+    /// If the host's bytes can never become a request.
+    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<Served, FrameError> {
+        if self.phase != Phase::Established {
+            return Ok(Served::Nothing);
+        }
+        let served = self.session.serve(agent)?;
+        match served {
+            Served::Transfer(here) => {
+                self.credit.grow();
+                self.credit.forward(here);
+            }
+            Served::Shutdown { send, receive } => {
+                let flag = |wanted, flag| if wanted { flag } else { 0 };
+                self.close(flag(send, NO_SEND) | flag(receive, NO_RECEIVE), agent);
+            }
+            // Whatever is left in the inbox can no longer become a request.
+            Served::Nothing
+                if self.host_closed & NO_SEND != 0
+                    && self.closing != BOTH
+                    && !self.session.is_busy() =>
+            {
+                self.close(BOTH, agent);
+                return Ok(Served::Something);
+            }
+            // What is left begins a request that has not come in completely.
+            Served::Nothing if !self.session.is_busy() => {
+                self.credit.forward_all();
+                if self.has_news() {
+                    return Ok(Served::Something);
+                }
+            }
+            Served::Nothing | Served::Something | Served::Connect { .. } => {}
+        }
+        Ok(served)
+    }
+
+    fn close(&mut self, flags: u32, agent: &impl Answer) {
+        self.closing |= flags;
+        if self.closing == BOTH {
+            self.deadline = Some(agent.now_us() + SHUTDOWN_TIMEOUT_US);
+        }
+    }
+
+    /// Carries out the last requests of a host that has closed both directions.
+    ///
+    /// # Errors
+    /// As for [`Self::serve`].
+    pub fn serve_without_answers(&mut self, agent: &mut impl Answer) -> Result<(), FrameError> {
+        self.session.serve_without_answers(agent)
+    }
+
+    /// The outcome of a connection that was asked for on this one.
+    pub fn connected(&mut self, reply: &Reply) {
+        // So short a reply always becomes a frame.
+        let _ = self.session.connected(reply);
     }
 
     /// The next packet to send, its payload already in `buffer`.
     pub fn next(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
-        let unsent = &self.outbox[self.sent..];
-        let len = unsent.len().min(buffer.len()).min(self.credit.peer_free() as usize);
-        if !self.accepted {
-            self.accepted = true;
-            return Some(self.packet(Operation::Response, 0, 0));
-        }
-        if len > 0 {
-            buffer[..len].copy_from_slice(&unsent[..len]);
-            self.sent += len;
-            self.credit.send(len as u32);
-            if self.sent == self.outbox.len() {
-                self.outbox = Vec::new();
-                self.sent = 0;
+        match self.phase {
+            Phase::Requesting { sent: true } => return None,
+            Phase::Requesting { sent: false } => {
+                self.phase = Phase::Requesting { sent: true };
+                return Some(self.packet(Operation::Request, 0, 0));
             }
-            return Some(self.packet(Operation::Rw, len as u32, 0));
+            Phase::Accepting => {
+                self.phase = Phase::Established;
+                return Some(self.packet(Operation::Response, 0, 0));
+            }
+            Phase::Established => {}
         }
-        if self.update_wanted || self.credit.should_announce() {
+        let has_output = self.session.has_output();
+        let room = buffer.len().min(self.credit.peer_free() as usize);
+        if has_output && room > 0 {
+            let len = self.session.fill(&mut buffer[..room]) as u32;
+            self.credit.send(len);
+            return Some(self.packet(Operation::Rw, len, 0));
+        }
+        if self.update_wanted || self.has_news() {
             return Some(self.packet(Operation::CreditUpdate, 0, 0));
         }
-        if !unsent.is_empty() && !self.credit_requested {
+        if has_output && !self.credit_requested {
             self.credit_requested = true;
+            self.session.stall();
             return Some(self.packet(Operation::CreditRequest, 0, 0));
         }
-        // Whatever is left in the inbox can no longer become a frame.
-        if self.host_done && unsent.is_empty() && !self.closing {
-            self.closing = true;
-            return Some(self.packet(Operation::Shutdown, 0, NO_RECEIVE | NO_SEND));
+        if !has_output && self.closing != self.told {
+            self.told = self.closing;
+            if self.told & NO_SEND != 0 {
+                self.session.mute();
+            }
+            return Some(self.packet(Operation::Shutdown, 0, self.told));
         }
         None
+    }
+
+    /// Whether the host should hear of its credit.
+    fn has_news(&self) -> bool {
+        self.host_closed & NO_SEND == 0 && self.credit.should_announce()
     }
 
     /// Every packet announces our credit.
     fn packet(&mut self, operation: Operation, len: u32, flags: u32) -> Outgoing {
         self.update_wanted = false;
-        Outgoing { operation, len, flags, fwd_cnt: self.credit.announce() }
+        let (buf_alloc, fwd_cnt) = self.credit.announce();
+        Outgoing { operation, len, flags, buf_alloc, fwd_cnt }
+    }
+
+    /// As if so many bytes had gone both ways already.
+    #[cfg(test)]
+    pub fn start_counters_at(&mut self, start: u32, buf_alloc: u32) {
+        self.credit = Credit::starting_at(start);
+        self.credit.update(buf_alloc, start).unwrap();
     }
 }

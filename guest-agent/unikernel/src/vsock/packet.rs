@@ -10,7 +10,7 @@ const STREAM: u16 = 1;
 /// What a packet asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub(super) enum Operation {
+pub enum Operation {
     Request = 1,
     Response = 2,
     Rst = 3,
@@ -37,7 +37,7 @@ impl Operation {
 
 /// A header of the stream type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub struct Header {
     pub source_cid: u64,
     pub destination_cid: u64,
     pub source_port: u32,
@@ -51,7 +51,7 @@ pub(super) struct Header {
 
 /// Why a packet is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PacketError {
+pub enum PacketError {
     /// Shorter than a header, or not as long as the header says.
     Length,
     /// Not a stream, or no known operation. The addresses could be read, so the sender gets a RST.

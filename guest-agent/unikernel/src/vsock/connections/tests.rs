@@ -1,13 +1,24 @@
+use alloc::string::String;
+
 use agent_protocol::{GuestReset, Hello, Reply, Request};
 
+use super::super::connection::{NO_RECEIVE, NO_SEND, SHUTDOWN_TIMEOUT_US};
+use super::super::credit::BUF_ALLOC;
 use super::*;
 
+mod close;
+mod open;
+mod transfer;
+
 const CID: u64 = 3;
+const LIFE: u32 = 5;
 
 #[derive(Default)]
 struct FakeAgent {
     warnings: Vec<String>,
     requests: Vec<Request>,
+    stale: Vec<String>,
+    now_us: u64,
 }
 
 impl Answer for FakeAgent {
@@ -24,14 +35,22 @@ impl Answer for FakeAgent {
         }
     }
 
+    fn now_us(&self) -> u64 {
+        self.now_us
+    }
+
+    fn note_stale(&mut self, packet: String) {
+        self.stale.push(packet);
+    }
+
     fn warn(&mut self, text: String) {
         self.warnings.push(text);
     }
 }
 
-/// A host with one listener; it counts what it has sent and received on its one port.
+/// A host with one agent; it counts what it has received on the port of its template.
 struct Host {
-    listener: Listener,
+    connections: Connections,
     agent: FakeAgent,
     template: Header,
     bytes: Vec<u8>,
@@ -50,7 +69,8 @@ impl Host {
             buf_alloc: 1 << 20,
             fwd_cnt: 0,
         };
-        Self { listener: Listener::new(CID), agent: FakeAgent::default(), template, bytes: vec![] }
+        let connections = Connections::new(CID, LIFE);
+        Self { connections, agent: FakeAgent::default(), template, bytes: vec![] }
     }
 
     fn connected() -> Self {
@@ -61,34 +81,45 @@ impl Host {
         host
     }
 
+    /// Sends a packet; the agent looks at it when it sends the next one.
     fn send_header(&mut self, header: Header, payload: &[u8]) {
-        self.send_ahead(header, payload);
-        self.listener.serve(&mut self.agent);
-    }
-
-    /// Sends a packet that more follow before the agent serves.
-    fn send_ahead(&mut self, header: Header, payload: &[u8]) {
         let mut bytes = [0; HEADER_LEN];
         Header { len: payload.len() as u32, ..header }.write(&mut bytes);
-        self.listener.receive(&[&bytes, payload].concat(), &mut self.agent);
+        self.connections.receive(&[&bytes, payload].concat(), &mut self.agent);
     }
 
     fn send(&mut self, operation: Operation, payload: &[u8]) {
         self.send_header(Header { operation, ..self.template }, payload);
     }
 
-    /// Takes all packets; payload goes to `bytes` and counts as forwarded.
-    fn packets(&mut self) -> Vec<Header> {
-        let mut packets = vec![];
+    /// Takes the next packet; payload goes to `bytes` and counts as forwarded.
+    fn packet(&mut self) -> Option<Header> {
         let mut buffer = [0; 1024];
-        while let Some(len) = self.listener.next_packet(&mut buffer) {
-            let (header, payload) = Header::parse(&buffer[..len]).unwrap();
-            self.bytes.extend_from_slice(payload);
+        let len = self.connections.next_packet(&mut buffer, &mut self.agent)?;
+        let (header, payload) = Header::parse(&buffer[..len]).unwrap();
+        self.bytes.extend_from_slice(payload);
+        if header.destination_port == self.template.source_port {
             self.template.fwd_cnt = self.template.fwd_cnt.wrapping_add(header.len);
-            packets.push(header);
-            self.listener.serve(&mut self.agent);
         }
-        packets
+        Some(header)
+    }
+
+    /// Takes all packets.
+    fn packets(&mut self) -> Vec<Header> {
+        std::iter::from_fn(|| self.packet()).collect()
+    }
+
+    /// The next reply, once all packets were taken.
+    #[track_caller]
+    fn reply(&mut self) -> Reply {
+        self.packets();
+        let (reply, used) = frame::decode(&self.bytes).unwrap().expect("a reply");
+        self.bytes.drain(..used);
+        reply
+    }
+
+    fn ask(&mut self, request: &Request) {
+        self.send(Operation::Rw, &frame::encode(request).unwrap());
     }
 
     fn operations(&mut self) -> Vec<Operation> {
@@ -118,7 +149,7 @@ fn requests_may_be_split_and_pipelined() {
     host.packets();
     host.send(Operation::Rw, &bytes.concat());
     host.packets();
-    assert!(!host.listener.serve(&mut host.agent), "everything is answered");
+    assert!(host.connections.are_quiet(), "everything is answered");
     let mut at = 0;
     for number in [1, 2, 1, 2] {
         let (reply, used) = frame::decode::<Reply>(&host.bytes[at..]).unwrap().unwrap();
@@ -143,14 +174,30 @@ fn a_large_echo_gets_credit_in_both_directions() {
 }
 
 #[test]
+fn a_request_that_uses_all_credit_at_once_gets_more() {
+    let mut host = Host::connected();
+    let request = frame::encode(&Request::Echo(vec![7; 200_000])).unwrap();
+    let chunks = request.chunks(BUF_ALLOC as usize);
+    let last = chunks.len() - 1;
+    for (number, chunk) in chunks.enumerate() {
+        host.send(Operation::Rw, chunk);
+        let operations = host.operations();
+        let expected = if number < last { Operation::CreditUpdate } else { Operation::Rw };
+        assert_eq!(operations[0], expected, "{number}");
+    }
+    assert_eq!(host.reply(), Reply::Echo(vec![7; 200_000]));
+}
+
+#[test]
 fn nothing_is_sent_beyond_the_hosts_credit() {
     let mut host = Host::new();
     host.template.buf_alloc = 5;
     host.send(Operation::Request, &[]);
-    let mut buffer = [0; 1024];
-    let mut next = |host: &mut Host| {
-        let len = host.listener.next_packet(&mut buffer)?;
-        Header::parse(&buffer[..len]).ok().map(|(header, _)| (header.operation, header.len))
+    let next = |host: &mut Host| {
+        let forwarded = host.template.fwd_cnt;
+        let header = host.packet()?;
+        host.template.fwd_cnt = forwarded;
+        Some((header.operation, header.len))
     };
     assert_eq!(next(&mut host), Some((Operation::Response, 0)));
     assert_eq!(next(&mut host), Some((Operation::Rw, 5)));
@@ -168,6 +215,7 @@ fn a_host_that_does_not_read_its_replies_loses_its_credit() {
     let request = frame::encode(&Request::Echo(vec![1; 1000])).unwrap();
     let sent = (0..).take_while(|_| {
         host.send(Operation::Rw, &request);
+        host.packets();
         host.agent.warnings.is_empty()
     });
     // The first is answered and so leaves the buffer.
@@ -180,7 +228,7 @@ fn misbehaviour_closes_the_connection_with_rst() {
         let mut host = Host::connected();
         host.send(operation, payload);
         assert_eq!(host.operations(), [Operation::Rst], "{operation:?}");
-        assert!(!host.listener.has_connections());
+        assert!(!host.connections.exist());
         assert_eq!(host.agent.warnings.len(), 1);
     };
     check(Operation::Request, &[]);
@@ -227,52 +275,49 @@ fn the_table_is_bounded() {
 }
 
 #[test]
-fn a_half_closed_connection_still_gets_its_reply() {
-    let mut host = Host::connected();
-    host.send(Operation::Rw, &frame::encode(&Request::Ping(1)).unwrap());
-    host.send_header(
-        Header { operation: Operation::Shutdown, flags: NO_SEND, ..host.template },
-        &[],
-    );
-    assert_eq!(host.operations(), [Operation::Rw, Operation::Shutdown]);
+fn packets_for_connections_that_this_life_never_had_are_noted() {
+    let mut host = Host::new();
+    let operations = [
+        Operation::Rw,
+        Operation::Response,
+        Operation::Shutdown,
+        Operation::CreditUpdate,
+        Operation::CreditRequest,
+    ];
+    for operation in operations {
+        host.send(operation, &[]);
+        assert_eq!(host.operations(), [Operation::Rst]);
+    }
+    assert_eq!(host.agent.stale.len(), operations.len());
+    assert_eq!(host.agent.stale[0], "Rw from 1000 to 5005");
+    // None of them: a request, a last word, and what somebody else is meant to get.
     host.send(Operation::Rst, &[]);
-    assert!(!host.listener.has_connections());
-    assert_eq!(host.operations(), []);
+    host.send_header(Header { destination_cid: 9, operation: Operation::Rw, ..host.template }, &[]);
+    host.send(Operation::Request, &[]);
+    host.packets();
+    assert_eq!(host.agent.stale.len(), operations.len());
 }
 
 #[test]
-fn a_full_shutdown_is_confirmed_with_rst() {
-    let mut host = Host::connected();
-    host.send_header(Header { operation: Operation::Shutdown, flags: 3, ..host.template }, &[]);
-    assert_eq!(host.operations(), [Operation::Rst]);
-    assert_eq!(host.agent.warnings, [] as [String; 0]);
-}
-
-#[test]
-fn requests_right_before_a_full_shutdown_are_served() {
-    let check = |payload: &[u8], expected: &[Request], warnings: usize| {
-        let mut host = Host::connected();
-        host.send_ahead(Header { operation: Operation::Rw, ..host.template }, payload);
-        let shutdown = Header { operation: Operation::Shutdown, flags: 3, ..host.template };
-        host.send_ahead(shutdown, &[]);
-        assert_eq!(host.agent.requests, expected);
-        assert_eq!(host.agent.warnings.len(), warnings);
-        assert_eq!(host.operations(), [Operation::Rst], "answers are dropped");
-    };
-    let reset = Request::Reset(GuestReset::I8042);
-    let frames = [Request::Ping(1), Request::Ping(2), reset.clone()]
-        .map(|request| frame::encode(&request).unwrap())
-        .concat();
-    check(&frames, &[Request::Ping(1), Request::Ping(2), reset], 0);
-    check(&frames[..frames.len() - 1], &[Request::Ping(1), Request::Ping(2)], 0);
-    check(&[0xff; 8], &[], 1);
-    check(&[], &[], 0);
+fn packets_that_cross_with_an_rst_are_not_stale_however_many_connections_are_closed() {
+    let mut host = Host::new();
+    for port in 0..3 * MAX_CLOSED as u32 {
+        host.template.source_port = port;
+        host.template.fwd_cnt = 0;
+        host.send(Operation::Request, &[]);
+        host.send(Operation::Rw, &[0xff; 8]);
+        host.packets();
+        host.send(Operation::Rw, &[0xff; 8]);
+        host.packets();
+    }
+    assert_eq!(host.agent.stale, [] as [String; 0]);
+    assert!(host.connections.closed.len() <= MAX_CLOSED);
 }
 
 #[test]
 fn a_transport_reset_forgets_everything() {
     let mut host = Host::connected();
-    host.listener.transport_reset(9);
+    host.connections.transport_reset(9);
     host.send(Operation::Rw, &[]);
     assert_eq!(host.operations(), [], "the old context id is not ours any more");
     host.template.destination_cid = 9;
