@@ -41,7 +41,9 @@ fn expect_nothing_wrong(outcome: &Outcome) {
 fn the_agent_does_nothing_wrong_in_any_life() {
     let resets = ["--resets", "10", "--reset-via", "host,i8042,cf9,acpi,triple"];
     let strict = ["run", "--json", "--dma-audit", "strict"];
-    for more in [&[][..], &["--poison"], &["--pmu", "emulated", "--poison"], &["--dma-platform"]] {
+    for more in
+        [&[][..], &["--poison"], &["--pmu", "emulated", "--poison"], &["--dma-platform", "--rng"]]
+    {
         let arguments = [&strict[..], &resets, more].concat();
         expect_nothing_wrong(&run(&arguments).expect_status(0));
     }

@@ -31,7 +31,7 @@ fn the_dma_audit_knows_the_event_buffers_of_linux_by_name() {
         &[("vmlinuz", &kernel), ("initrd", &initrd)],
         &format!("{run}; echo the status is $?"),
     );
-    // What a driver may not do Linux does not do; what ours does not do either is told.
+    // The list lies 313 bytes into a structure that is allocated at a multiple of 256 or more.
     outcome
         .expect_stdout("the guest has vmw_vsock_virtio_transport\n")
         .expect_stdout("the guest turned the machine off\n")

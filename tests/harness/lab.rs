@@ -69,7 +69,9 @@ impl Lab {
         for (name, bytes) in files {
             archive.add(&Path::new("/").join(name), bytes);
         }
-        archive.add(Path::new("/init"), format!("{script}{commands}\n$B poweroff -f\n").as_bytes());
+        // A terminal's settings change when everything is printed (TCSADRAIN), which turning off would not wait for.
+        script += &format!("{commands}\n$B stty -F /dev/console -echo\n$B poweroff -f\n");
+        archive.add(Path::new("/init"), script.as_bytes());
         archive.finish()
     }
 

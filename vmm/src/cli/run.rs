@@ -112,7 +112,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
-    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 10 MiB and speaks the same protocol
+    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 12 MiB and speaks the same protocol
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     agent: Option<PathBuf>,
 
