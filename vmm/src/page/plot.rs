@@ -1,4 +1,4 @@
-//! Plots as SVG, written by hand: three of them need no library, and a page without scripts needs no more than they have.
+//! Plots as SVG, written by hand: a few of them need no library, and a page without scripts needs no more than they have.
 
 use std::fmt::Write as _;
 
@@ -50,7 +50,7 @@ impl Axis {
 }
 
 /// A plot with its axes.
-pub(super) struct Plot {
+pub struct Plot {
     svg: String,
     x: Axis,
     y: Axis,
