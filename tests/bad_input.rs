@@ -58,8 +58,8 @@ fn an_agent_that_is_none_is_refused_with_its_path_and_its_problem() {
     check(dir.path(), "not a regular file");
     check(&file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "neither an ELF executable nor a bzImage");
     check(&file(&dir, "plain", &good.elf_without_note()), "is no agent: it has no PVH note");
-    let behind = good.elf_for(62, 0xa0_0000);
-    check(&file(&dir, "high", &behind), "is no agent: those end below 10 MiB");
+    let behind = good.elf_for(62, 0xc0_0000);
+    check(&file(&dir, "high", &behind), "is no agent: those end below 12 MiB");
     refused(run(&["run", "--agent", "a", "--kernel", "b"]), "cannot be used with");
 }
 

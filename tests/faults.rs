@@ -8,7 +8,7 @@ use crate::counters::processor_is_amds;
 use crate::harness::{Outcome, run};
 
 /// Each fault, and what else a verdict says of it.
-const FAULTS: [(&str, &[&str]); 15] = [
+const FAULTS: [(&str, &[&str]); 16] = [
     ("pmu-not-reset", &["pmu-corrupted", "unknown-nmi"]),
     ("pmu-k7-only", &[]),
     ("globals-left", &[]),
@@ -23,6 +23,7 @@ const FAULTS: [(&str, &[&str]); 15] = [
     ("debugregs-kept", &[]),
     ("lapic-timer-left", &[]),
     ("event-buffers-stale", &[]),
+    ("vsock-kept", &[]),
     ("pv-clock-left", &[]),
 ];
 
@@ -148,6 +149,38 @@ fn faults_of_nmis_need_no_counters() {
     }
 }
 
+/// For each life after the first, the packets that its agent could not explain.
+fn stale_packets(moment: &str, resets: u32, options: &[&str], status: i32) -> Vec<Vec<String>> {
+    let resets = resets.to_string();
+    let moments = ["run", "--json", "--seed", "5", "--moments", moment, "--resets", &resets];
+    let outcome = run(&[&moments, options].concat()).expect_status(status);
+    let json = outcome.json();
+    let lives = json["lives"].as_array().unwrap()[1..].iter();
+    let packets = lives.zip(2..).map(|(life, number)| {
+        let names = if status == 0 { vec![] } else { vec!["vsock-kept"] };
+        assert_eq!(found(&json, number), BTreeSet::from_iter(names), "{outcome}");
+        let first = life["report"]["vsock"]["first"].as_array().unwrap();
+        first.iter().map(|packet| packet.as_str().unwrap().into()).collect()
+    });
+    packets.collect()
+}
+
+#[test]
+fn connections_that_a_device_keeps_are_found_whichever_side_opened_them() {
+    const OPENED_BY_GUEST: &str = " from 6006 to ";
+    let inject = ["--inject", "vsock-kept"];
+    let by_guest = |packets: &Vec<String>| packets.iter().any(|p| p.contains(OPENED_BY_GUEST));
+    let lives = stale_packets("mid-transfer", 10, &inject, 1);
+    assert!(lives.iter().all(by_guest), "{lives:?}");
+    // The guest may be reset before it comes to ask the host.
+    let lives = stale_packets("mid-connect", 30, &inject, 1);
+    assert!(lives.iter().any(by_guest), "{lives:?}");
+    assert!(lives.iter().all(|packets| packets.iter().any(|p| p.ends_with(" to 5005"))));
+    for moment in ["mid-transfer", "mid-connect"] {
+        assert!(stale_packets(moment, 10, &[], 0).concat().is_empty());
+    }
+}
+
 #[test]
 fn a_human_reads_what_was_left_out_on_purpose() {
     run(&["run", "--resets", "1", "--inject", "nmi-queued"])
@@ -157,9 +190,9 @@ fn a_human_reads_what_was_left_out_on_purpose() {
         .expect_stdout("not clean: 2 lives, 2 findings");
 }
 
-/// All but those of counters and NMIs.
+/// All but those of counters, NMIs and connections.
 fn needs_poison(fault: &str) -> bool {
-    !["pmu-", "globals-", "nmi-"].iter().any(|prefix| fault.starts_with(prefix))
+    !["pmu-", "globals-", "nmi-", "vsock-"].iter().any(|prefix| fault.starts_with(prefix))
 }
 
 #[test]
@@ -194,5 +227,5 @@ fn faults_that_nothing_could_show_are_refused() {
         .expect_status(2)
         .expect_stderr("pmu-not-reset, pmu-k7-only, globals-left, nmi-after-reset, nmi-queued")
         .expect_stderr("ram-kept, registers-kept, msrs-kept, lapic-kept, ioapic-kept, fpu-kept")
-        .expect_stderr("debugregs-kept, lapic-timer-left, event-buffers-stale, pv-clock-left");
+        .expect_stderr("debugregs-kept, lapic-timer-left, event-buffers-stale, vsock-kept");
 }

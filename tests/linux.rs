@@ -37,10 +37,11 @@ fn the_dma_audit_knows_the_event_buffers_of_linux_by_name() {
         .expect_stdout("the guest turned the machine off\n")
         .expect_stdout("buffers; violations: 0 must, ")
         .expect_stdout("vsock queue 2 (event), 0x")
-        .expect_stdout("139+0x4, does not begin with a cache line (8 such)\n")
-        .expect_stdout("13d+0x4, lies in two cache lines")
+        // `event_list` is at byte 313 of a structure that begins with a cache line.
+        .expect_stdout("39+0x4, does not begin with a cache line (8 such)\n")
+        .expect_stdout("3d+0x4, lies in two cache lines")
         .expect_stdout(
-            "139+0x20, is the first of 8 packed event buffers, the virtio_vsock event_list of Linux (before 7.1 beside \
+            "39+0x20, is the first of 8 packed event buffers, the virtio_vsock event_list of Linux (before 7.1 beside \
              other fields): 8 times 4 bytes, at an odd address, in 2 cache lines\n",
         )
         .expect_stdout("the status is 0\n");

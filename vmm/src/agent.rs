@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
     CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION,
-    Poisoning, Reply, Report, Request, StateReading,
+    Poisoning, Reply, Report, Request, StateReading, Transfer,
 };
 use serde::de::DeserializeOwned;
 
@@ -210,6 +210,17 @@ impl Agent {
             Reply::Connected(outcome) => Ok(outcome),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Begins a transfer. The stream carries its bytes both ways from here on, and behind those for the host the frame of a
+    /// [`Reply::Transferred`].
+    ///
+    /// # Errors
+    /// [`AgentError`] if the request could not be sent.
+    pub fn transfer(mut self, transfer: Transfer) -> Result<UnixStream, AgentError> {
+        self.send(&Request::Transfer(transfer))?;
+        // The guest has answered everything, so nothing of the stream was read ahead.
+        Ok(self.stream)
     }
 
     /// Has the guest reset its machine. The conversation ends with its life.

@@ -38,6 +38,8 @@ pub enum Fault {
     LapicTimerLeft,
     /// The vsock device remembers an event buffer of the earlier life, and fills it in the next
     EventBuffersStale,
+    /// The vsock device keeps its connections
+    VsockKept,
     /// KVM goes on writing its paravirtual clocks and flags into RAM
     PvClockLeft,
 }
@@ -60,6 +62,7 @@ impl Fault {
             Self::DebugregsKept => "debugregs-kept",
             Self::LapicTimerLeft => "lapic-timer-left",
             Self::EventBuffersStale => "event-buffers-stale",
+            Self::VsockKept => "vsock-kept",
             Self::PvClockLeft => "pv-clock-left",
         }
     }

@@ -40,7 +40,9 @@ use crate::device::rng::{Rng, RngStats};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::audit::DmaAudit;
 use crate::device::virtio::mmio::Mmio;
-use crate::device::vsock::{GuestPort, Vsock, VsockConnector, VsockError, VsockStats};
+use crate::device::vsock::{
+    Acceptance, GuestPort, HostPort, Vsock, VsockConnector, VsockError, VsockStats,
+};
 use crate::fault::FaultError;
 use crate::kvm::KvmError;
 use crate::kvm::host::{HostInfo, KvmKind};
@@ -377,6 +379,14 @@ impl Handle {
     /// What the host says when it has no descriptor left.
     pub fn connect(&self, port: GuestPort) -> std::io::Result<UnixStream> {
         self.connector.connect(port)
+    }
+
+    /// Takes the guest's next vsock connection to a port of the host.
+    ///
+    /// # Errors
+    /// As for [`Handle::connect`].
+    pub fn expect(&self, port: HostPort, acceptance: Acceptance) -> std::io::Result<UnixStream> {
+        self.connector.expect(port, acceptance)
     }
 
     /// What the guest printed last.

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 pub enum Moment {
     /// Everything was answered and the guest's processor is halted, or busy with the reset that it was asked for.
     Quiet,
-    /// Bytes are on their way in both directions.
+    /// Bytes are on their way in both directions, on a connection that the host has opened and on one of the guest's.
     MidTransfer,
-    /// Connections are open that the guest has not accepted yet.
+    /// Connections are asked for that the guest has not accepted yet, and one that the host never accepts.
     MidConnect,
     /// An NMI has just been queued.
     NmiPending,

@@ -266,6 +266,15 @@ fn check_faults(report: &Report, add: &mut Add) {
             ),
         );
     }
+    if report.vsock.stale_packets > 0 {
+        let packets = &report.vsock;
+        let first = packets.first.first().map_or("", String::as_str);
+        let count = packets.stale_packets;
+        add(
+            "vsock-kept",
+            format!("{count} packets for connections that this life never had, first: {first}"),
+        );
+    }
     if report.dma.violation_count > 0 {
         let first = report.dma.violations.first().map_or("", String::as_str);
         add(

@@ -165,7 +165,7 @@ pub struct DmaReport {
 /// Packets for connections that this life never had: somebody remembers those of an earlier one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockReport {
-    /// How many. Requests for new connections and resets of old ones are none.
+    /// How many. Requests for new connections are none.
     pub stale_packets: u64,
     /// The first few in words: what they were, and from which port of the host to which of the guest.
     pub first: Vec<String>,

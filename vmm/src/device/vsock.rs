@@ -24,7 +24,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use self::connector::VsockConnector;
+pub use self::connector::{Acceptance, VsockConnector};
 use self::host::Host;
 use self::packet::HEADER_LEN;
 pub use self::packet::{GuestCid, GuestPort, HostPort, SocketType};
@@ -84,6 +84,10 @@ struct Guest {
     interrupt: Arc<dyn Interrupt>,
 }
 
+/// Connections that were taken out of a device.
+#[derive(Debug)]
+pub struct Connections(table::Table);
+
 /// Why a queue is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
@@ -135,6 +139,16 @@ impl Vsock {
             guest.due = Due::Reset;
         }
         self.serve();
+    }
+
+    /// Takes all connections out of the device, as if there were none, for [`Vsock::put_back_connections`].
+    pub fn take_connections(&mut self) -> Connections {
+        Connections(std::mem::replace(&mut self.host.table, table::Table::new()))
+    }
+
+    /// Has the device go on with connections that it had before: the fault that a reset rules out by letting go of them.
+    pub fn put_back_connections(&mut self, Connections(table): Connections) {
+        self.host.table = table;
     }
 
     /// What the device has counted so far.

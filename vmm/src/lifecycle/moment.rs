@@ -1,14 +1,14 @@
 //! A reset at its moment: what the machine is made busy with, the reset, and which events have to come of it.
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use agent_protocol::{AGENT_PORT, Cause, GuestReset, Request, frame};
+use agent_protocol::{AGENT_PORT, Cause, GuestReset, Pattern, Request, Transfer, frame};
 
 use super::{Beginning, Leader, Trouble};
 use crate::agent::{Agent, AgentError};
-use crate::device::vsock::GuestPort;
+use crate::device::vsock::{Acceptance, GuestPort, HostPort};
 use crate::machine::{Event, NmiVia};
 use crate::schedule::{Moment, Step};
 use crate::verify::FailureKind;
@@ -16,14 +16,22 @@ use crate::verify::FailureKind;
 /// Connections that the guest has not accepted when its reset comes.
 const OPEN_CONNECTIONS: usize = 4;
 
-/// Bytes on their way to the guest and back: more than a ring of buffers holds, less than a socket does.
-const ECHOED_BYTES: usize = 96 * 1024;
+/// The host's port for connections of the guest.
+const EXPECTED_PORT: HostPort = HostPort(6006);
+
+/// More than passes until the reset comes.
+const TRANSFERRED_BYTES: u64 = 1 << 30;
+/// Bytes of each message.
+const MESSAGE: usize = 64 * 1024;
+/// Bytes that are written for the guest at most; it takes some while they are written.
+const MOST_WRITTEN: u64 = 1024 * 1024;
 
 impl Leader<'_> {
     /// Resets the machine and says how the next life began.
     pub(super) fn reset(&mut self, mut agent: Agent, step: Step) -> Result<Beginning, Trouble> {
         let Step { cause, moment, delay } = step;
         self.trace.note(|| format!("next: {cause} {moment}, after {} us", delay.as_micros()));
+        let mut busy = self.make_busy(&mut agent, moment)?;
         // Registers that the agent needs are poisoned last of all: it does nothing more then. In the middle of a transfer it has
         // to be at work.
         self.left = false;
@@ -32,7 +40,12 @@ impl Leader<'_> {
             self.trace.note(|| "the agent rests".into());
             self.left = true;
         }
-        let _busy = self.make_busy(moment)?;
+        if moment == Moment::MidConnect {
+            for _ in 0..OPEN_CONNECTIONS {
+                busy.push(self.connect()?);
+            }
+            self.trace.note(|| format!("{OPEN_CONNECTIONS} connections asked for"));
+        }
         // With two resets the delay is between them.
         let has_two = matches!(moment, Moment::MidBoot | Moment::TwoCauses);
         self.pass(if has_two { Duration::ZERO } else { delay }, moment)?;
@@ -101,30 +114,77 @@ impl Leader<'_> {
         self.await_reset(may_come, Cause::Host, moment)
     }
 
-    /// Makes the machine busy. What is returned has to stay open until it is reset.
-    fn make_busy(&mut self, moment: Moment) -> Result<Vec<UnixStream>, Trouble> {
-        let connections = match moment {
-            Moment::Quiet | Moment::NmiPending | Moment::TwoCauses | Moment::MidBoot => 0,
-            Moment::MidTransfer => 1,
-            Moment::MidConnect => OPEN_CONNECTIONS,
-        };
-        let streams = (0..connections).map(|_| self.machine.connect(GuestPort(AGENT_PORT)));
-        let streams: Result<Vec<_>, _> = streams.collect();
-        // The device of a machine that has stopped refuses.
-        let mut streams =
-            streams.map_err(|_| self.explain(AgentError::Closed, FailureKind::NoReset))?;
-        if moment == Moment::MidTransfer {
-            // All of it fits into the socket, so this does not wait for the guest; if the guest hangs up, the events say why.
-            let echo = Request::Echo(vec![0x5a; ECHOED_BYTES]);
-            let bytes = frame::encode(&echo).unwrap_or_default();
-            let stream = &mut streams[0];
-            let _ = stream.set_write_timeout(Some(self.plan.timeout));
-            let written = stream.write_all(&bytes);
-            self.trace.note(|| format!("{} bytes to echo, {written:?}", bytes.len()));
-        } else if connections > 0 {
-            self.trace.note(|| format!("{connections} connections asked for"));
+    /// Makes the guest busy. What is returned has to stay open until it is reset.
+    fn make_busy(&mut self, agent: &mut Agent, moment: Moment) -> Result<Vec<UnixStream>, Trouble> {
+        match moment {
+            Moment::Quiet | Moment::NmiPending | Moment::TwoCauses | Moment::MidBoot => {
+                Ok(Vec::new())
+            }
+            Moment::MidTransfer => self.begin_transfers(agent),
+            Moment::MidConnect => self.have_guest_connect(),
         }
-        Ok(streams)
+    }
+
+    /// Bytes both ways, on a connection of the host's and on one of the guest's.
+    fn begin_transfers(&mut self, agent: &mut Agent) -> Result<Vec<UnixStream>, Trouble> {
+        let of_host = self.connect()?;
+        let of_guest = self.expect(Acceptance::AtOnce)?;
+        let connected = agent.connect(EXPECTED_PORT.0, self.plan.timeout);
+        if let Err(error) = connected.map_err(|e| self.explain(e, FailureKind::NoReset))? {
+            let words = format!("the guest could not connect to the host: {error:?}");
+            return Err(self.failure(FailureKind::NoReset, words));
+        }
+        let streams = (0..).zip([of_host, of_guest]).map(|(number, stream)| {
+            let transfer = Transfer {
+                to_host: TRANSFERRED_BYTES,
+                message: MESSAGE as u32,
+                to_guest: TRANSFERRED_BYTES,
+                seed: number,
+            };
+            let timeout = self.plan.timeout;
+            let begun = Agent::greet(stream, timeout).and_then(|agent| {
+                let mut stream = agent.transfer(transfer)?;
+                let written = write_some(&mut stream, Pattern::to_guest(transfer.seed));
+                await_some(&mut stream, timeout)?;
+                self.trace.note(|| format!("{written} bytes were written, and the guest's come"));
+                Ok(stream)
+            });
+            begun.map_err(|error| self.explain(error, FailureKind::NoReset))
+        });
+        streams.collect()
+    }
+
+    /// Has the guest ask for a connection that the host never accepts.
+    fn have_guest_connect(&mut self) -> Result<Vec<UnixStream>, Trouble> {
+        let never_accepted = self.expect(Acceptance::Never)?;
+        let mut asking = self.connect()?;
+        let timeout_ms = u32::try_from(self.plan.timeout.as_millis()).unwrap_or(u32::MAX);
+        self.write(&mut asking, &Request::Connect { host_port: EXPECTED_PORT.0, timeout_ms });
+        self.trace.note(|| "the guest is to ask for a connection".into());
+        Ok(vec![never_accepted, asking])
+    }
+
+    /// A connection to the agent, which has not accepted it yet.
+    fn connect(&self) -> Result<UnixStream, Trouble> {
+        // The device of a machine that has stopped refuses.
+        let stream = self.machine.connect(GuestPort(AGENT_PORT));
+        stream.map_err(|_| self.explain(AgentError::Closed, FailureKind::NoReset))
+    }
+
+    /// The guest's next connection to [`EXPECTED_PORT`].
+    fn expect(&self, acceptance: Acceptance) -> Result<UnixStream, Trouble> {
+        let stream = self.machine.expect(EXPECTED_PORT, acceptance);
+        stream.map_err(|_| self.explain(AgentError::Closed, FailureKind::NoReset))
+    }
+
+    /// Writes a request that fits into the socket, so this does not wait for the guest; if it hangs up, the events say why.
+    fn write(&mut self, stream: &mut UnixStream, request: &Request) {
+        let bytes = frame::encode(request).unwrap_or_default();
+        let _ = stream.set_write_timeout(Some(self.plan.timeout));
+        let written = stream.write_all(&bytes);
+        if written.is_err() {
+            self.trace.note(|| format!("{request:?}: {written:?}"));
+        }
     }
 
     /// Lets time pass, in which nothing may happen.
@@ -180,6 +240,36 @@ impl Leader<'_> {
             event => self.trace.note(|| format!("{event:?}")),
         }
         Some(event)
+    }
+}
+
+/// Writes what the stream takes without waiting, up to [`MOST_WRITTEN`], and returns how much that is.
+fn write_some(stream: &mut UnixStream, mut pattern: Pattern) -> u64 {
+    let mut message = vec![0; MESSAGE];
+    let mut written = 0;
+    // It fails only if the descriptor is bad; then the writes below do as well.
+    let _ = stream.set_nonblocking(true);
+    while written < MOST_WRITTEN {
+        pattern.fill(&mut message);
+        match stream.write(&message) {
+            Ok(len) => written += len as u64,
+            Err(_) => break,
+        }
+        if pattern.position() != written {
+            break;
+        }
+    }
+    written
+}
+
+/// Waits for bytes.
+fn await_some(stream: &mut UnixStream, timeout: Duration) -> Result<(), AgentError> {
+    stream.set_nonblocking(false).map_err(AgentError::Io)?;
+    stream.set_read_timeout(Some(timeout)).map_err(AgentError::Io)?;
+    match stream.read(&mut [0; 64]) {
+        Ok(1..) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Err(AgentError::Timeout(timeout)),
+        Ok(0) | Err(_) => Err(AgentError::Closed),
     }
 }
 

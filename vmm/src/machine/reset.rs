@@ -79,7 +79,12 @@ impl Machine {
 impl Devices {
     /// Every device back to its power-on state; interrupts last, so that none of theirs is left.
     fn reset(&self, faults: &Faults) {
+        let vsock = || lock(&self.virtio.vsock);
+        let kept = faults.has(Fault::VsockKept).then(|| vsock().device.take_connections());
         self.virtio.all.iter().for_each(|device| lock(device).reset());
+        if let Some(connections) = kept {
+            vsock().device.put_back_connections(connections);
+        }
         lock(&self.console).reset();
         lock(&self.nmi_status).reset();
         *lock(&self.reset_control) = Default::default();

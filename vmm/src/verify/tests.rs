@@ -79,6 +79,7 @@ fn each_kind_of_dirt_has_its_name() {
         r.exceptions.push(ExceptionRecord { vector: 13, count: 1, error_code: 0, rip: 0, cr2: 0 });
     });
     check(&["dma-violation"], |r| r.dma.violation_count = 1);
+    check(&["vsock-kept"], |r| r.vsock.stale_packets = 1);
     check(&["life-mismatch"], |r| r.life = 7);
     check(&["life-mismatch"], |r| r.cause = None);
     check(&["tsc-not-reset"], |r| r.timings.tsc_entry = 6 * 2_000_000_000);

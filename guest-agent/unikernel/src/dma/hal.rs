@@ -38,12 +38,12 @@ pub(super) struct AgentHal;
 
 fn span(buffer: NonNull<[u8]>, direction: BufferDirection) -> Span {
     let device_writes = direction != BufferDirection::DriverToDevice;
-    let len = match device_writes {
-        // All that a device writes is the front of a `DmaBuffer` or its last line, whose lines belong to the device as a whole.
-        true => (buffer.len() as u64).next_multiple_of(LINE),
-        false => buffer.len() as u64,
-    };
-    Span { start: buffer.cast::<u8>().as_ptr() as u64, len, device_writes }
+    let (start, len) = (buffer.cast::<u8>().as_ptr() as u64, buffer.len() as u64);
+    // All that a device writes is the front of a `DmaBuffer` or its last line, whose lines belong to the device as a whole. What
+    // begins in the middle of a line is none of these.
+    let owns_lines = device_writes && start.is_multiple_of(LINE);
+    let len = if owns_lines { len.next_multiple_of(LINE) } else { len };
+    Span { start, len, device_writes }
 }
 
 // SAFETY: pages come zeroed from the image's bss, aligned, each given out once; physical and virtual addresses are the

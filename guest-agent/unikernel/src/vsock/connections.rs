@@ -16,8 +16,8 @@ pub const MAX_CONNECTIONS: usize = 4096;
 const MAX_REFUSALS: usize = 64;
 /// Bytes that all connections together may hold. A connection that needs more is closed, so the heap suffices.
 const MAX_HELD: usize = 3 << 20;
-/// Connections that the agent has closed lately, of which packets may still be on their way.
-const MAX_CLOSED: usize = 64;
+/// Connections that are over, of which packets may still be on their way; more are forgotten.
+const MAX_CLOSED: usize = MAX_CONNECTIONS;
 /// Ports of the guest for connections that the agent opens. Each life begins at others, so that an answer to the life before
 /// is no answer to this one.
 const FIRST_PORT: u32 = 1 << 30;
@@ -104,14 +104,16 @@ impl Connections {
                 self.accept(ports, &header, agent);
             }
             Some(_) => self.receive_on(ports, &header, payload, agent),
-            None if header.operation == Operation::Rst => {}
             None if header.operation == Operation::Request => self.accept(ports, &header, agent),
             None => {
                 if !self.closed.contains(&ports) {
                     let Ports { guest, host } = ports;
                     agent.note_stale(format!("{:?} from {host} to {guest}", header.operation));
                 }
-                self.refuse(ports);
+                // A last word needs no answer.
+                if header.operation != Operation::Rst {
+                    self.refuse(ports);
+                }
             }
         }
     }
@@ -136,10 +138,11 @@ impl Connections {
                 self.tell_asker(ports, Ok(ports.guest));
                 self.enqueue(ports);
             }
-            // The other side's last word needs no answer.
             Verdict::Gone => {
                 self.tell_asker(ports, Err(ConnectError::Refused));
                 self.remove(ports);
+                // The host may have another last word, for what it gets of us in the meantime.
+                self.note_closed(ports);
             }
             Verdict::Closed => {
                 // A request that came in just before has not been served yet.

@@ -11,8 +11,8 @@ use super::packet::{ConnectionKey, END_OF_MESSAGE, GuestCid, Header, Op, Shutdow
 enum Phase {
     /// The host asks, the guest has not answered.
     Requesting { delivered: bool },
-    /// The guest asked and the host has accepted, but has not said so.
-    Accepting,
+    /// The guest asked and the host has accepted, but has not said so; or has not accepted, and will not.
+    Accepting { withheld: bool },
     /// Both know.
     Established,
     /// Over; an RST is due.
@@ -99,11 +99,21 @@ impl Connection {
         request: &Header,
     ) -> Self {
         let connection = Self::request(guest, key, socket_type, buf_alloc);
-        let mut connection = Self { phase: Phase::Accepting, ..connection };
+        let mut connection = Self { phase: Phase::Accepting { withheld: false }, ..connection };
         // Nothing was sent yet, so the only count that is not a lie is 0; a guest that says otherwise loses the
         // connection with its first packet, as any other liar.
         let _ = connection.credit.guest_says(request.buf_alloc, request.fwd_cnt);
         connection
+    }
+
+    /// Leaves the guest, which has asked, without an answer.
+    pub fn withhold(&mut self) {
+        self.phase = Phase::Accepting { withheld: true };
+    }
+
+    /// True if the guest gets no answer.
+    pub fn is_withheld(&self) -> bool {
+        self.phase == Phase::Accepting { withheld: true }
     }
 
     /// Takes a packet of this connection from the guest.
@@ -115,7 +125,7 @@ impl Connection {
                 _ => Verdict::Violation(Violation::Sequence),
             },
             Phase::Requesting { delivered: false } => Verdict::Violation(Violation::Sequence),
-            Phase::Accepting | Phase::Established => self.receive_established(op, header),
+            Phase::Accepting { .. } | Phase::Established => self.receive_established(op, header),
             Phase::Ending if op == Op::Reset => self.ended(Verdict::Reset),
             Phase::Ending => Verdict::Nothing,
             Phase::Ended if op == Op::Reset => Verdict::Nothing,
@@ -208,7 +218,7 @@ impl Connection {
 
     /// True if the direction to the guest is open, with or without credit.
     fn wants_payload(&self) -> bool {
-        matches!(self.phase, Phase::Accepting | Phase::Established)
+        matches!(self.phase, Phase::Accepting { .. } | Phase::Established)
             && !self.guest_shutdown.receive
             && !self.host_shutdown.send
     }
@@ -256,7 +266,7 @@ impl Connection {
     pub fn due(&self, payload_ready: bool) -> Option<Op> {
         match self.phase {
             Phase::Requesting { delivered } => return (!delivered).then_some(Op::Request),
-            Phase::Accepting => return Some(Op::Response),
+            Phase::Accepting { withheld } => return (!withheld).then_some(Op::Response),
             Phase::Ending => return Some(Op::Reset),
             Phase::Ended => return None,
             Phase::Established => {}

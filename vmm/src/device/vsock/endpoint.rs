@@ -123,8 +123,8 @@ impl Endpoint {
         self.readable |= event.readable;
         self.peer_done |= event.peer_done || event.hung_up;
         self.hung_up |= event.hung_up;
-        if self.hung_up && self.connection.is_requesting() {
-            // Whoever asked has gone away before the guest answered.
+        if self.hung_up && (self.connection.is_requesting() || self.connection.is_withheld()) {
+            // Whoever asked, or was asked, has gone away before there was an answer.
             stats.connections_refused += 1;
             self.end();
         } else if event.writable || event.hung_up {

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::clients::{Clients, Decided};
 use super::connection::Connection;
-use super::connector::{Inbox, VsockConnector};
+use super::connector::{Acceptance, Inbox, VsockConnector, Wanted};
 use super::endpoint::{Endpoint, Origin};
-use super::packet::{ConnectionKey, GuestCid, GuestPort, Header, SocketType};
+use super::packet::{ConnectionKey, GuestCid, GuestPort, Header, HostPort, SocketType};
 use super::poll::{Event, Interest, Poller, Token};
 use super::stats::VsockStats;
-use super::table::Table;
+use super::table::{MAX_CONNECTIONS, Table};
 use super::unix::{Listener, VsockError};
 
 /// Sockets, connections, and packets that belong to none.
@@ -26,6 +26,8 @@ pub struct Host {
     pub(super) poller: Poller,
     pub(super) clients: Clients,
     inbox: Arc<Inbox>,
+    /// Connections of the guest that the monitor itself waits for.
+    expected: Vec<(HostPort, Acceptance, OwnedFd)>,
     pub(super) table: Table,
     /// Refusals for the guest; bounded by [`Host::must_wait`].
     pub(super) refusals: VecDeque<Header>,
@@ -52,6 +54,7 @@ impl Host {
             clients: Clients::new(listener, patience, &poller)?,
             poller,
             inbox,
+            expected: Vec::new(),
             table: Table::new(),
             refusals: VecDeque::new(),
             touched: Vec::new(),
@@ -89,8 +92,18 @@ impl Host {
     }
 
     fn take_requests(&mut self) {
-        for (port, socket) in self.inbox.take() {
-            self.request(port, socket, SocketType::Stream, Origin::Monitor);
+        for wanted in self.inbox.take() {
+            match wanted {
+                Wanted::Connect(port, socket) => {
+                    self.request(port, socket, SocketType::Stream, Origin::Monitor);
+                }
+                Wanted::Expect(port, acceptance, socket)
+                    if self.expected.len() < MAX_CONNECTIONS =>
+                {
+                    self.expected.push((port, acceptance, socket));
+                }
+                Wanted::Expect(..) => self.stats.connections_refused += 1,
+            }
         }
     }
 
@@ -136,13 +149,36 @@ impl Host {
         if self.table.is_full() {
             return None;
         }
-        let socket = self.clients.dial(key.host, socket_type).ok()?;
+        let (acceptance, socket) = match self.take_expected(key.host, socket_type) {
+            Some(expected) => expected,
+            None => (Acceptance::AtOnce, self.clients.dial(key.host, socket_type).ok()?),
+        };
         let buf_alloc = self.table.buf_alloc();
-        let connection = Connection::accept(self.cid, key, socket_type, buf_alloc, request);
+        let mut connection = Connection::accept(self.cid, key, socket_type, buf_alloc, request);
+        if acceptance == Acceptance::Never {
+            connection.withhold();
+        }
         let endpoint = Endpoint::new(key, connection, Origin::Guest, socket, &self.poller).ok()?;
         self.table.insert(key, endpoint);
-        self.stats.connections_opened += 1;
+        self.stats.connections_opened += u64::from(acceptance == Acceptance::AtOnce);
         Some(())
+    }
+
+    /// The monitor's own end for a connection to `port`, if it waits for one.
+    fn take_expected(
+        &mut self,
+        port: HostPort,
+        socket_type: SocketType,
+    ) -> Option<(Acceptance, OwnedFd)> {
+        // What the monitor wanted before the guest asked may still be an event.
+        if !self.inbox.is_empty() {
+            self.take_requests();
+        }
+        let is_it = |(expected, ..): &(HostPort, Acceptance, OwnedFd)| *expected == port;
+        let at = self.expected.iter().position(is_it);
+        let (_, acceptance, socket) =
+            self.expected.remove(at.filter(|_| socket_type == SocketType::Stream)?);
+        Some((acceptance, socket))
     }
 
     fn handle_connection(&mut self, key: ConnectionKey, event: &Event) {
@@ -241,6 +277,7 @@ impl Host {
     /// Ends everything but the listener: connections, requests that wait, clients on their way.
     pub fn reset(&mut self) {
         drop(self.inbox.take());
+        self.expected = Vec::new();
         self.drop_connections();
         self.clients.clear(&self.poller);
         self.seqpacket = true;

@@ -4,6 +4,7 @@ mod close;
 mod connect;
 mod data;
 mod events;
+mod expected;
 mod hostile;
 mod messages;
 mod reset;

@@ -275,6 +275,38 @@ fn the_table_is_bounded() {
 }
 
 #[test]
+fn a_connection_that_only_waits_for_its_confirmation_makes_room() {
+    let mut host = Host::connected();
+    host.ask(&Request::Shutdown { send: true, receive: true });
+    host.packets();
+    host.template.fwd_cnt = 0;
+    for port in 0..MAX_CONNECTIONS as u32 {
+        host.send_header(Header { source_port: 2000 + port, ..host.template }, &[]);
+    }
+    let packets = host.packets();
+    let mut rst = packets.iter().filter(|header| header.operation == Operation::Rst);
+    assert_eq!(rst.next().unwrap().destination_port, 1000);
+    assert_eq!(rst.next(), None);
+}
+
+#[test]
+fn memory_is_everybodys_again_when_a_connection_is_over() {
+    let mut host = Host::new();
+    let long = (frame::MAX_PAYLOAD as u32).to_le_bytes();
+    let half = [&long[..], &vec![0; BUF_ALLOC as usize - 4]].concat();
+    for _ in 0..2 * MAX_HELD / half.len() {
+        host.template.fwd_cnt = 0;
+        host.send(Operation::Request, &[]);
+        host.send(Operation::Rw, &half);
+        host.packets();
+        assert!(host.connections.held >= half.len());
+        host.send(Operation::Rst, &[]);
+    }
+    assert_eq!(host.agent.warnings, [] as [String; 0]);
+    assert_eq!(host.connections.held, 0);
+}
+
+#[test]
 fn packets_for_connections_that_this_life_never_had_are_noted() {
     let mut host = Host::new();
     let operations = [
@@ -283,15 +315,17 @@ fn packets_for_connections_that_this_life_never_had_are_noted() {
         Operation::Shutdown,
         Operation::CreditUpdate,
         Operation::CreditRequest,
+        Operation::Rst,
     ];
     for operation in operations {
         host.send(operation, &[]);
-        assert_eq!(host.operations(), [Operation::Rst]);
+        let answer = [Operation::Rst];
+        let expected = if operation == Operation::Rst { &[][..] } else { &answer };
+        assert_eq!(host.operations(), expected);
     }
     assert_eq!(host.agent.stale.len(), operations.len());
     assert_eq!(host.agent.stale[0], "Rw from 1000 to 5005");
-    // None of them: a request, a last word, and what somebody else is meant to get.
-    host.send(Operation::Rst, &[]);
+    // None of them: a request, and what somebody else is meant to get.
     host.send_header(Header { destination_cid: 9, operation: Operation::Rw, ..host.template }, &[]);
     host.send(Operation::Request, &[]);
     host.packets();
@@ -299,15 +333,20 @@ fn packets_for_connections_that_this_life_never_had_are_noted() {
 }
 
 #[test]
-fn packets_that_cross_with_an_rst_are_not_stale_however_many_connections_are_closed() {
+fn packets_that_cross_with_an_rst_are_not_stale_whoever_sent_it_and_however_often() {
     let mut host = Host::new();
     for port in 0..3 * MAX_CLOSED as u32 {
         host.template.source_port = port;
         host.template.fwd_cnt = 0;
         host.send(Operation::Request, &[]);
-        host.send(Operation::Rw, &[0xff; 8]);
-        host.packets();
-        host.send(Operation::Rw, &[0xff; 8]);
+        if port % 2 == 0 {
+            host.send(Operation::Rw, &[0xff; 8]);
+            host.packets();
+            host.send(Operation::Rw, &[0xff; 8]);
+        } else {
+            host.send(Operation::Rst, &[]);
+        }
+        host.send(Operation::Rst, &[]);
         host.packets();
     }
     assert_eq!(host.agent.stale, [] as [String; 0]);

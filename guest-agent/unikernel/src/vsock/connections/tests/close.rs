@@ -109,6 +109,17 @@ fn agent_closes(host: &mut Host, send: bool, receive: bool) -> u32 {
 }
 
 #[test]
+fn a_direction_is_not_closed_before_the_reply_has_left() {
+    let mut host = Host::connected();
+    host.template.buf_alloc = 0;
+    host.ask(&Request::Shutdown { send: true, receive: true });
+    assert_eq!(host.operations(), [Operation::CreditRequest]);
+    host.template.buf_alloc = 1000;
+    host.send(Operation::CreditUpdate, &[]);
+    assert_eq!(host.operations(), [Operation::Rw, Operation::Shutdown]);
+}
+
+#[test]
 fn an_agent_that_sends_no_more_still_listens() {
     let mut host = Host::connected();
     assert_eq!(agent_closes(&mut host, true, false), NO_SEND);

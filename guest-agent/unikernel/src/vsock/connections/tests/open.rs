@@ -49,6 +49,18 @@ fn a_connection_that_the_agent_opens_is_greeted_and_served_like_any_other() {
 }
 
 #[test]
+fn a_connection_that_was_accepted_in_time_has_all_the_time() {
+    let mut host = Host::connected();
+    let request = asked(&mut host);
+    host.send_header(on(request, Operation::Response), &[]);
+    host.packets();
+    host.agent.now_us = u64::MAX;
+    host.connections.expire(&host.agent);
+    assert_eq!(host.operations(), []);
+    assert_eq!(host.connections.table.len(), 2);
+}
+
+#[test]
 fn who_asked_hears_that_the_host_refused_and_can_ask_again() {
     let mut host = Host::connected();
     for _ in 0..3 {

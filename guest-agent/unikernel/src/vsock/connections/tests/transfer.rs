@@ -66,6 +66,15 @@ fn bytes_from_the_host_may_begin_in_the_packet_of_the_request_and_end_in_that_of
 }
 
 #[test]
+fn bytes_in_the_packet_of_the_request_need_no_room_either() {
+    let mut host = Host::connected();
+    let bytes = pattern(50_000);
+    let request = request(0, 100_000, 1);
+    host.send(Operation::Rw, &[&request[..], &bytes].concat());
+    assert_eq!(host.packet().unwrap().fwd_cnt, 50_000);
+}
+
+#[test]
 fn both_directions_run_at_the_same_time() {
     let mut host = Host::connected();
     host.send(Operation::Rw, &request(5000, 3000, 100));
@@ -84,6 +93,7 @@ fn the_first_wrong_byte_is_told() {
     bytes[1234] ^= 1;
     bytes[2345] ^= 1;
     host.send(Operation::Rw, &request(0, 3000, 1));
+    host.packets();
     bytes.chunks(1000).for_each(|chunk| host.send(Operation::Rw, chunk));
     assert_eq!(finish(&mut host, 0).first_wrong, Some(1234));
 }
