@@ -11,7 +11,7 @@ use crate::harness::guest::Guest;
 use crate::harness::{Outcome, file, run, temp_dir};
 
 /// An agent that is built with its event buffers packed as Linux has them, beside a byte that it writes.
-fn packed_agent() -> &'static str {
+pub fn packed_agent() -> &'static str {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
         const TARGET: &str = "x86_64-unknown-linux-gnu";

@@ -17,7 +17,7 @@ impl Agent {
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn transfer(&mut self, transfer: Transfer) -> Result<Transferred, AgentError> {
+    pub fn transfer_all(&mut self, transfer: Transfer) -> Result<Transferred, AgentError> {
         self.send(&Request::Transfer(transfer))?;
         if transfer.to_host == 0 {
             let written = write_pattern(&self.stream, transfer);

@@ -176,7 +176,7 @@ pub(super) fn checked_transfer(
     agent: &mut Agent,
     transfer: Transfer,
 ) -> Result<Transferred, Trouble> {
-    let result = agent.transfer(transfer)?;
+    let result = agent.transfer_all(transfer)?;
     judge_transfer(transfer, &result)?;
     Ok(result)
 }
