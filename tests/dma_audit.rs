@@ -8,7 +8,7 @@ use crate::harness::guest::Guest;
 use crate::harness::{Outcome, file, run, temp_dir};
 
 /// An agent that is built with its event buffers packed as Linux has them, beside a byte that it writes.
-fn packed_agent() -> &'static str {
+pub fn packed_agent() -> &'static str {
     agent::built_with("packed-event-buffers")
 }
 

@@ -43,6 +43,8 @@ mod linux;
 mod lives;
 /// Sockets for messages over vsock, both ways, and as many connections as there may be.
 mod messages;
+/// `probe`: figures of a machine's vsock, and the rules that it keeps.
+mod probe;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.
 mod residue;
 /// `soak`: many machines at random moments, whatever happens to their processes.

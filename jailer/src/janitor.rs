@@ -56,6 +56,14 @@ pub struct Janitor {
 }
 
 impl Janitor {
+    /// Starts one for things that no jail has. The caller has one thread.
+    ///
+    /// # Errors
+    /// What the kernel says when it has no process or no descriptor left.
+    pub fn without_jail() -> io::Result<Self> {
+        Self::start(ThreadNameSpaceType::empty())
+    }
+
     /// Starts one that moves into new `namespaces` first, for [`Janitor::join_namespaces`]. The caller has one thread.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::{lines, verdict};
+use crate::harness::browser::{self, Seen};
 use crate::harness::{Started, cleanslate, run, temp_dir};
 
 #[test]
@@ -107,20 +108,6 @@ fn the_report_for_test_runners_has_a_case_for_each_machine() {
     }
 }
 
-/// Added to a copy of the page: says in its title what a reader would see.
-const MEASURE: &str = "<script>
-const box = e => e.getBoundingClientRect();
-const shown = [...document.querySelectorAll('svg')].map(svg => {
-  const inside = [...svg.querySelectorAll('rect,circle,polyline,text')].every(e => {
-    const a = box(e), b = box(svg);
-    return a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1; });
-  const count = what => [...svg.querySelectorAll(what)].filter(e => box(e).width + box(e).height > 0).length;
-  return [svg.id, inside, count('rect'), count('circle'), count('polyline'), count('text') > 8].join(' '); });
-const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-const high = Math.max(...[...document.querySelectorAll('#histogram rect')].map(e => box(e).height));
-document.title = JSON.stringify({shown, wide, high, size: innerWidth});
-</script>";
-
 #[test]
 fn the_page_shows_its_figures_in_a_browser() {
     let dir = temp_dir();
@@ -137,24 +124,8 @@ fn the_page_shows_its_figures_in_a_browser() {
     ];
     let arguments = ["soak", "--vms", "2", "--resets", "25", "--html", file.to_str().unwrap()];
     run(&[&arguments[..], &options].concat()).expect_status(1);
-    let page = fs::read_to_string(&file).unwrap();
-    for word in ["<script", "http:", "https:", "src=", "url("] {
-        assert!(!page.contains(word), "the page is not self-contained: {word}");
-    }
-    fs::write(&file, page.replace("</body>", &format!("{MEASURE}</body>"))).unwrap();
     for width in [1100, 600] {
-        let mut chromium = Command::new("chromium");
-        chromium.args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]);
-        chromium.arg(format!("--window-size={width},900"));
-        chromium.arg(format!("--user-data-dir={}", dir.path().join("profile").display()));
-        let Ok(output) = chromium.arg(format!("file://{}", file.display())).output() else {
-            return crate::harness::skipped("chromium is not installed");
-        };
-        let dom = String::from_utf8_lossy(&output.stdout);
-        let title = dom.split("<title>").nth(1).and_then(|rest| rest.split("</title>").next());
-        let seen: Value = serde_json::from_str(title.unwrap_or_default()).unwrap_or_else(|error| {
-            panic!("{error}: {title:?} {}", String::from_utf8_lossy(&output.stderr))
-        });
+        let Some(Seen { title: seen, dom }) = browser::look(&file, width) else { return };
         let plots: Vec<_> =
             seen["shown"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
         // One line a machine, some bars, one mark for each of the fifty findings; all labelled, and nothing sticks out.

@@ -1,6 +1,9 @@
 //! The host's side of the conversation with a guest agent: one request, one reply, each bounded in length and time.
 
+mod transfer;
+
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -29,6 +32,9 @@ pub enum AgentError {
     /// A reply to another question.
     #[error("the agent answered {0}")]
     Unexpected(String),
+    /// A transfer's bytes are not those that were to come.
+    #[error("byte {0} of a transfer is another one than the agent was to send")]
+    WrongByte(u64),
     /// The host's own end failed.
     #[error("talk to the agent")]
     Io(#[source] io::Error),
@@ -82,6 +88,28 @@ impl Agent {
         const NUMBER: u64 = 0x70_696e_6721;
         match self.ask(&Request::Ping(NUMBER))? {
             Reply::Pong(NUMBER) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the agent send these bytes back.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn echo(&mut self, bytes: &[u8]) -> Result<Vec<u8>, AgentError> {
+        match self.ask(&Request::Echo(bytes.into()))? {
+            Reply::Echo(bytes) => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the agent close directions of this connection.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn shutdown(&mut self, send: bool, receive: bool) -> Result<(), AgentError> {
+        match self.ask(&Request::Shutdown { send, receive })? {
+            Reply::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
@@ -205,13 +233,60 @@ impl Agent {
 
     fn ask(&mut self, request: &Request) -> Result<Reply, AgentError> {
         self.send(request)?;
+        self.reply()
+    }
+
+    /// Closes a direction of the connection, or both.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn close(&mut self, how: Shutdown) -> Result<(), AgentError> {
+        self.stream.shutdown(how).map_err(|error| self.classify(error))
+    }
+
+    /// The next reply.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn reply(&mut self) -> Result<Reply, AgentError> {
         self.receive()
     }
 
-    fn send(&mut self, request: &Request) -> Result<(), AgentError> {
-        let bytes = frame::encode(request)?;
+    /// Sends a request; its reply, if it has one, is for [`Self::reply`].
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn send(&mut self, request: &Request) -> Result<(), AgentError> {
+        self.write(&frame::encode(request)?)
+    }
+
+    /// Sends bytes that belong to a request, or to none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
         self.stream.set_write_timeout(Some(self.timeout)).map_err(AgentError::Io)?;
-        self.stream.write_all(&bytes).map_err(|error| self.classify(error))
+        self.stream.write_all(bytes).map_err(|error| self.classify(error))
+    }
+
+    /// Takes bytes that are no reply; none at the end of the agent's.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, AgentError> {
+        if !self.received.is_empty() {
+            let len = self.received.len().min(buffer.len());
+            buffer[..len].copy_from_slice(&self.received[..len]);
+            self.received.drain(..len);
+            return Ok(len);
+        }
+        self.stream.set_read_timeout(Some(self.timeout)).map_err(AgentError::Io)?;
+        loop {
+            match self.stream.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result.map_err(|error| self.classify(error)),
+            }
+        }
     }
 
     fn receive<T: DeserializeOwned>(&mut self) -> Result<T, AgentError> {

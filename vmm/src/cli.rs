@@ -3,6 +3,7 @@
 mod agent;
 mod jail;
 mod merge;
+mod probe;
 mod reports;
 mod run;
 mod soak;
@@ -29,6 +30,7 @@ struct Arguments {
 enum Command {
     Run(Box<run::Arguments>),
     Soak(Box<soak::Arguments>),
+    Probe(probe::Arguments),
     Merge(merge::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
@@ -60,6 +62,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
+        Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),

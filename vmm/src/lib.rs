@@ -14,6 +14,7 @@ pub mod exit;
 pub mod fault;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+pub mod histogram;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod layout;
@@ -21,7 +22,10 @@ pub mod lifecycle;
 pub mod machine;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod page;
+pub mod probe;
 pub mod schedule;
 pub mod soak;
 pub mod verify;
+pub mod vsock_client;
 pub mod words;

@@ -9,7 +9,7 @@ pub mod figures;
 pub mod line;
 pub mod merge;
 pub mod plan;
-mod process;
+pub mod process;
 pub mod progress;
 pub mod record;
 pub mod report;

@@ -1,4 +1,4 @@
-//! Reports in files, as `soak` and `merge` write them.
+//! Reports in files, as `soak`, `merge` and `probe` write them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -35,7 +35,8 @@ pub(super) struct Files {
     html: Option<ReportFile>,
 }
 
-struct ReportFile {
+/// A file for a report.
+pub(super) struct ReportFile {
     path: PathBuf,
     file: File,
     /// It was not there before, and is empty.
@@ -43,7 +44,7 @@ struct ReportFile {
 }
 
 impl Arguments {
-    /// Opens the files now, so that it does not fail after hours. What is in them stays until there is a report.
+    /// Opens the files.
     ///
     /// # Errors
     /// [`FileError`].
@@ -72,7 +73,11 @@ impl Files {
 }
 
 impl ReportFile {
-    fn open(path: &Path) -> Result<Self, FileError> {
+    /// Opens it now, so that it does not fail after hours. What is in it stays until there is a report.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn open(path: &Path) -> Result<Self, FileError> {
         let mut options = OpenOptions::new();
         options.write(true);
         let (file, is_new) = match options.clone().create_new(true).open(path) {
@@ -91,7 +96,11 @@ impl ReportFile {
         Ok(mine.is_file() && (mine.dev(), mine.ino()) == (theirs.dev(), theirs.ino()))
     }
 
-    fn write(mut self, text: &str) -> Result<(), FileError> {
+    /// Replaces what is in it.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn write(mut self, text: &str) -> Result<(), FileError> {
         self.is_new = false;
         let is_file = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
         let emptied = if is_file { self.file.set_len(0) } else { Ok(()) };

@@ -361,7 +361,7 @@ fn lead(
         .finish(&Summary::new(&machine, config, expectations, judge.findings()))
         .map_err(PrintError)?;
     if arguments.hold {
-        return guest::hold(&machine, status);
+        return guest::hold(&machine, arguments.dma_audit, status, arguments.json_lines);
     }
     Ok(status)
 }

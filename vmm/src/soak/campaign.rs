@@ -240,6 +240,8 @@ impl<'a> Campaign<'a> {
                     self.found(!life.findings.is_empty());
                 }
                 Line::Verdict { .. } => slot.verdict = true,
+                // Its machines are not held.
+                Line::Held(_) => {}
                 Line::End { how, detail } => slot.end = Some((how, detail)),
             },
             Said::Nonsense(why) => {

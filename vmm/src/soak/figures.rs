@@ -4,72 +4,7 @@ use std::collections::BTreeMap;
 
 use super::line::Life;
 use super::{Place, printable};
-
-/// How often times of which length were seen. Buckets are at most 3 % wide.
-#[derive(Clone, Debug, Default)]
-pub struct Histogram {
-    counts: BTreeMap<u64, u64>,
-    total: u64,
-    max: u64,
-}
-
-/// Buckets between a power of two and the next.
-const STEPS: u64 = 32;
-
-impl Histogram {
-    /// One more.
-    pub fn add(&mut self, us: u64) {
-        *self.counts.entry(floor(us)).or_default() += 1;
-        self.total += 1;
-        self.max = self.max.max(us);
-    }
-
-    /// How many there are.
-    pub fn total(&self) -> u64 {
-        self.total
-    }
-
-    /// The largest.
-    pub fn max(&self) -> Option<u64> {
-        (self.total > 0).then_some(self.max)
-    }
-
-    /// The time that so many of a hundred do not exceed, to 3 %.
-    pub fn percentile(&self, percent: u64) -> Option<u64> {
-        let rank = (self.total * percent).div_ceil(100).max(1);
-        let mut seen = 0;
-        self.counts.iter().find_map(|(floor, count)| {
-            seen += count;
-            (seen >= rank).then(|| ceiling(*floor).min(self.max))
-        })
-    }
-
-    /// The buckets that are not empty: from, to (not included), how many.
-    pub fn buckets(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        self.counts.iter().map(|(floor, count)| (*floor, ceiling(*floor) + 1, *count))
-    }
-
-    /// Adds all of another.
-    pub fn merge(&mut self, other: &Self) {
-        for (floor, count) in &other.counts {
-            *self.counts.entry(*floor).or_default() += count;
-        }
-        self.total += other.total;
-        self.max = self.max.max(other.max);
-    }
-}
-
-fn width(us: u64) -> u64 {
-    (us.max(1).ilog2().checked_sub(STEPS.ilog2())).map_or(1, |shift| 1 << shift)
-}
-
-fn floor(us: u64) -> u64 {
-    us - us % width(us)
-}
-
-fn ceiling(floor: u64) -> u64 {
-    floor + (width(floor) - 1)
-}
+use crate::histogram::Histogram;
 
 /// Times in their order, so many of them together that there are never more than [`MOST_POINTS`].
 #[derive(Clone, Debug, Default)]
@@ -257,33 +192,6 @@ impl Figures {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn percentiles_are_right_to_three_percent() {
-        let mut histogram = Histogram::default();
-        (1..=10_000).for_each(|us| histogram.add(us));
-        for percent in [1, 50, 90, 99, 100] {
-            let (found, exact) = (histogram.percentile(percent).unwrap(), percent * 100);
-            assert!(found >= exact && found <= exact + exact / 32 + 1, "{percent}: {found}");
-        }
-        assert_eq!(histogram.max(), Some(10_000));
-        assert_eq!(Histogram::default().percentile(50), None);
-    }
-
-    #[test]
-    fn buckets_hold_everything_once() {
-        let mut histogram = Histogram::default();
-        let times = [0, 1, 31, 32, 33, 1000, 1023, 1024, u64::MAX / 2];
-        times.iter().for_each(|us| histogram.add(*us));
-        let buckets: Vec<_> = histogram.buckets().collect();
-        assert_eq!(buckets.iter().map(|(_, _, count)| count).sum::<u64>(), times.len() as u64);
-        for us in times {
-            assert_eq!(
-                buckets.iter().filter(|(from, to, _)| (*from..*to).contains(&us)).count(),
-                1
-            );
-        }
-    }
 
     #[test]
     fn a_long_series_keeps_its_shape_in_few_points() {

@@ -4,6 +4,8 @@ use agent_protocol::{Cause, Report};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::device::virtio::audit::AuditSummary;
+use crate::device::vsock::VsockStats;
 use crate::kvm::host::HostInfo;
 use crate::lifecycle::Trace;
 use crate::schedule::Moment;
@@ -27,6 +29,8 @@ pub enum Line {
         /// The verdict.
         verdict: Option<String>,
     },
+    /// After `--hold`: what the machine has seen of its guest in all its time.
+    Held(Box<Held>),
     /// Instead of the last: the machine's process is gone, or the host failed.
     End {
         /// How.
@@ -114,6 +118,17 @@ impl Evidence {
         let (before, life) = (json(serde_json::to_value(before)), json(serde_json::to_value(life)));
         Self { before, life, console, trace: trace.lines() }
     }
+}
+
+/// What a machine has seen of its guest.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Held {
+    /// By the DMA audit, if there was one.
+    pub dma_audit: Option<AuditSummary>,
+    /// Rules that the guest broke, in words.
+    pub offences: Vec<String>,
+    /// What the vsock device counted.
+    pub vsock: VsockStats,
 }
 
 /// How a machine's process ended if it was not by itself.

@@ -13,7 +13,7 @@ use super::line::Line;
 
 /// What comes from a machine's process.
 #[derive(Debug)]
-pub(super) enum Said {
+pub enum Said {
     /// A line.
     Line(Box<Line>),
     /// Bytes that are none.
@@ -26,7 +26,7 @@ pub(super) enum Said {
 const LONGEST_LINE: u64 = 8 << 20;
 
 /// This program with these arguments, as the process of a machine.
-pub(super) fn command(arguments: &[String]) -> Command {
+pub fn command(arguments: &[String]) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("cleanslate").args(arguments).arg("--json-lines");
     command.args(["--child-of", &std::process::id().to_string()]);
@@ -34,7 +34,7 @@ pub(super) fn command(arguments: &[String]) -> Command {
 }
 
 /// A process that runs one machine.
-pub(super) struct Process {
+pub struct Process {
     child: Child,
     errors: Arc<Mutex<VecDeque<String>>>,
     error_reader: Option<std::thread::JoinHandle<()>>,
@@ -42,10 +42,13 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts `command`. What it says goes to `outbox`, each with `name`.
-    pub fn start<N: Copy + Send + 'static>(
+    ///
+    /// # Errors
+    /// What the kernel says when it has no process left, or the program cannot be started.
+    pub fn start<N: Copy + Send + 'static, M: From<(N, Said)> + Send + 'static>(
         mut command: Command,
         name: N,
-        outbox: SyncSender<(N, Said)>,
+        outbox: SyncSender<M>,
     ) -> io::Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A terminal's signals are for the coordinator, which tells its processes.
@@ -83,7 +86,10 @@ impl Process {
         let _ = self.child.kill();
     }
 
-    /// Waits for its end, which is near: its output is closed.
+    /// Waits for its end, which is near: its output is closed. Gives the last lines of its stderr too.
+    ///
+    /// # Errors
+    /// What the kernel says.
     pub fn wait(&mut self) -> io::Result<(ExitStatus, Vec<String>)> {
         let status = self.child.wait()?;
         if let Some(reader) = self.error_reader.take() {
@@ -112,7 +118,7 @@ impl Drop for Process {
 }
 
 /// Hands on lines until the stream ends or nobody wants them.
-fn listen<N: Copy>(stream: impl Read, name: N, outbox: &SyncSender<(N, Said)>) {
+fn listen<N: Copy, M: From<(N, Said)>>(stream: impl Read, name: N, outbox: &SyncSender<M>) {
     let mut stream = BufReader::with_capacity(64 * 1024, stream);
     let mut bytes = Vec::new();
     loop {
@@ -125,7 +131,7 @@ fn listen<N: Copy>(stream: impl Read, name: N, outbox: &SyncSender<(N, Said)>) {
             },
         };
         let is_last = matches!(said, Said::Closed);
-        if outbox.send((name, said)).is_err() || is_last {
+        if outbox.send((name, said).into()).is_err() || is_last {
             return;
         }
     }
@@ -191,8 +197,8 @@ mod tests {
     fn one_that_is_given_up_is_not_waited_for() {
         let mut command = Command::new("sleep");
         command.arg("20");
-        let (outbox, _inbox) = sync_channel(1);
-        let process = Process::start(command, 7, outbox).unwrap();
+        let (outbox, _inbox) = sync_channel::<(u32, Said)>(1);
+        let process = Process::start(command, 7_u32, outbox).unwrap();
         let pid = Pid::from_child(&process.child);
         process.give_up();
         // Still there.

@@ -2,7 +2,6 @@
 
 mod html;
 mod junit;
-mod plot;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -245,22 +244,4 @@ impl Report {
             machine: self.shards.iter().find_map(|shard| shard.machine.clone()),
         }
     }
-}
-
-/// Text for XML and HTML, where it means nothing but itself.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            // XML 1.0 has no way to write these.
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => escaped.push('\u{fffd}'),
-            c => escaped.push(c),
-        }
-    }
-    escaped
 }

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use agent_protocol::Cause;
 
+use super::lines;
 use crate::cli::Error;
-use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::device::virtio::audit::{AuditMode, AuditSummary, DmaAudit};
 use crate::exit;
 use crate::machine::{Event, Handle, Stop};
 use crate::verify::DMA_AUDIT;
@@ -20,22 +21,44 @@ pub(super) fn follow(machine: &Handle, mode: AuditMode) -> Result<u8, Error> {
     if !offences.is_empty() {
         eprintln!("cleanslate: the guest broke rules: {}", offences.join(", "));
     }
-    let Some(audit) = audit else { return Ok(status) };
+    let is_clean = audit.is_none_or(|audit| tell_audit(&audit, mode));
+    // A guest that came to a worse end has its own status.
+    Ok(if status == exit::CLEAN && !is_clean { exit::FINDINGS } else { status })
+}
+
+/// Says what the DMA audit found. True if nothing of it is a finding.
+fn tell_audit(audit: &AuditSummary, mode: AuditMode) -> bool {
     eprintln!("cleanslate: {audit}");
     for violation in &audit.violations {
         let word = if mode.forbids(violation.level) { DMA_AUDIT } else { "seen by the DMA audit" };
         eprintln!("cleanslate: {word}: {violation}");
     }
-    let is_clean = audit.not_findings(mode).count() == audit.violations.len();
-    // A guest that came to a worse end has its own status.
-    Ok(if status == exit::CLEAN && !is_clean { exit::FINDINGS } else { status })
+    audit.not_findings(mode).count() == audit.violations.len()
 }
 
 /// Keeps the machine running for clients until somebody ends it. Then the verdict's `status` stands, unless the guest
-/// ended first.
-pub(super) fn hold(machine: &Handle, status: u8) -> Result<u8, Error> {
-    eprintln!("cleanslate: the machine keeps running; Ctrl-C ends it");
-    match wait(machine) {
+/// ended first, or the DMA audit has found something meanwhile. In `lines`, what was seen becomes one.
+pub(super) fn hold(
+    machine: &Handle,
+    mode: AuditMode,
+    status: u8,
+    lines: bool,
+) -> Result<u8, Error> {
+    if !lines {
+        eprintln!("cleanslate: the machine keeps running; Ctrl-C ends it");
+    }
+    let stop = wait(machine);
+    let audit = machine.dma_audit().map(DmaAudit::summary);
+    let is_clean = match (&audit, lines) {
+        (Some(audit), false) => tell_audit(audit, mode),
+        (Some(audit), true) => audit.not_findings(mode).count() == audit.violations.len(),
+        (None, _) => true,
+    };
+    if lines {
+        lines::held(machine, audit);
+    }
+    match stop {
+        Stop::Interrupted if status == exit::CLEAN && !is_clean => Ok(exit::FINDINGS),
         Stop::Interrupted => Ok(status),
         stop => {
             let (words, status) = describe(stop)?;

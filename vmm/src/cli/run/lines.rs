@@ -4,8 +4,10 @@ use std::io::Write;
 
 use super::output::pmu_word;
 use crate::cli::jail::EndError;
+use crate::device::virtio::audit::AuditSummary;
 use crate::lifecycle::chain;
-use crate::soak::line::{End, Evidence, Found, Life as LifeLine, Line};
+use crate::machine::Handle;
+use crate::soak::line::{End, Evidence, Found, Held, Life as LifeLine, Line};
 use crate::verify::{Finding, Life};
 
 /// The line of a life; `evidence` is wanted only if something was found.
@@ -41,12 +43,19 @@ pub(super) fn end(error: &(dyn std::error::Error + 'static)) {
     say(&Line::End { how, detail: chain(error) });
 }
 
+/// Says what a machine that was held has seen of its guest.
+pub(super) fn held(machine: &Handle, dma_audit: Option<AuditSummary>) {
+    let stats = machine.guest_stats();
+    let (offences, vsock) = (stats.offences(), stats.vsock);
+    say(&Line::Held(Box::new(Held { dma_audit, offences, vsock })));
+}
+
 /// Says what the user should know before the machine runs.
 pub(super) fn notice(what: &str) {
     say(&Line::Notice { text: what.into() });
 }
 
-/// Writes a line outside of the machine's process.
+/// Writes a line at once.
 fn say(line: &Line) {
     // Whoever does not listen any more has seen the end.
     let _ = std::io::stdout().lock().write_all(text(line).as_bytes());

@@ -21,7 +21,7 @@ mod spans;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::Queue;
 
@@ -74,7 +74,7 @@ pub struct QueueAudit {
 }
 
 /// What was audited, and what was found in all lives.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditSummary {
     /// Chains that were looked at.
     pub chains: u64,

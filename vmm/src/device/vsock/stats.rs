@@ -1,9 +1,9 @@
 //! What the device counts.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Counters since the device was made; resets do not clear them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockStats {
     /// Packets taken from the guest, bad ones included.
     pub packets_to_host: u64,

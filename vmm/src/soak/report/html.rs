@@ -1,15 +1,13 @@
-//! `--html`: one page that needs nothing else, neither scripts nor files.
+//! `--html`: the report as a page.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use super::plot::Plot;
-use super::{Report, Verdict, escape};
-use crate::soak::figures::Histogram;
+use super::{Report, Verdict};
+use crate::histogram::Histogram;
+use crate::page::{COLOURS, Plot, escape};
 use crate::words::{milliseconds, plural};
 
-/// Colours; more lines or names share them.
-const COLOURS: usize = 6;
 /// Machines with a line of their own.
 const MOST_LINES: usize = 16;
 /// Findings in the table.
@@ -17,11 +15,7 @@ const MOST_ROWS: usize = 200;
 
 /// The page.
 pub fn html(report: &Report) -> String {
-    let mut page =
-        String::from("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
-    page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n");
-    let _ = writeln!(page, "<title>Cleanslate soak: {}</title>", report.verdict().words());
-    let _ = writeln!(page, "<style>\n{}</style>\n</head>\n<body>", include_str!("page.css"));
+    let mut page = String::new();
     head(&mut page, report);
     series(&mut page, report);
     histogram(&mut page, report);
@@ -29,8 +23,7 @@ pub fn html(report: &Report) -> String {
     machines(&mut page, report);
     moments(&mut page, report);
     findings(&mut page, report);
-    page.push_str("</body>\n</html>\n");
-    page
+    crate::page::page(&format!("Cleanslate soak: {}", report.verdict().words()), &page)
 }
 
 fn ms(us: u64) -> f64 {
@@ -112,7 +105,7 @@ fn histogram(page: &mut String, report: &Report) {
     page.push_str("<h2>How long a reset takes</h2>\n");
     let hello = report.figures.hello();
     // The last per cent would make everything else a single bar; it is in the table, and the last bar says how many there are.
-    let end = hello.percentile(99).unwrap_or(0) + 1;
+    let end = hello.per_mille(990).unwrap_or(0) + 1;
     let width = (end / 60).max(1);
     let mut bars: Vec<u64> = vec![0; (end / width + 1) as usize];
     let mut beyond = 0;
@@ -190,7 +183,7 @@ fn rows_title(report: &Report) -> &'static str {
 
 fn times(hello: &Histogram) -> String {
     let show = |us: Option<u64>| us.map_or("–".into(), milliseconds);
-    [hello.percentile(50), hello.percentile(99), hello.max()]
+    [hello.per_mille(500), hello.per_mille(990), hello.max()]
         .map(|us| format!("<td>{}</td>", show(us)))
         .concat()
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Report, Verdict, escape};
+use super::{Report, Verdict};
+use crate::page::escape;
 
 /// The report as XML.
 pub fn junit(report: &Report) -> String {

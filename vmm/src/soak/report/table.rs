@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Report;
-use crate::soak::figures::Histogram;
+use crate::histogram::Histogram;
 use crate::words::{milliseconds, plural};
 
 /// Findings that are shown; the others are counted.
@@ -84,7 +84,7 @@ fn short(detail: &str) -> String {
 
 fn times(hello: &Histogram) -> String {
     let show = |us: Option<u64>| us.map_or("-".into(), milliseconds);
-    let (p50, p99) = (hello.percentile(50), hello.percentile(99));
+    let (p50, p99) = (hello.per_mille(500), hello.per_mille(990));
     format!("{:<9}  {:<9}  {}", show(p50), show(p99), show(hello.max()))
 }
 

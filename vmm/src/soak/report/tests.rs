@@ -1,4 +1,5 @@
 use super::*;
+use crate::page::escape;
 use crate::soak::Place;
 use crate::soak::line::{Found, Life};
 use crate::soak::plan::Plan;

@@ -1,4 +1,4 @@
-//! Plots as SVG, written by hand: three of them need no library, and a page without scripts needs no more than they have.
+//! Plots as SVG, written by hand: a few of them need no library, and a page without scripts needs no more than they have.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,8 @@ use super::escape;
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 64.0;
-const RIGHT: f64 = 16.0;
+/// Half a label of seven digits.
+const RIGHT: f64 = 28.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 44.0;
 
@@ -50,7 +51,7 @@ impl Axis {
 }
 
 /// A plot with its axes.
-pub(super) struct Plot {
+pub struct Plot {
     svg: String,
     x: Axis,
     y: Axis,
