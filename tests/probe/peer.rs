@@ -265,7 +265,11 @@ impl Peer {
             if self.flaw == Flaw::ChangesTransfer(transfer.to_host) && left <= 64 * 1024 {
                 *bytes.last_mut()? ^= 1;
             }
-            if self.flaw == Flaw::DropsEnd && left <= 64 * 1024 && has_more(writer) {
+            if self.flaw == Flaw::DropsEnd
+                && transfer.to_guest == 0
+                && left <= 64 * 1024
+                && has_more(writer)
+            {
                 writer.shutdown(Shutdown::Both).ok()?;
                 return None;
             }
