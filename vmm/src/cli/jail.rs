@@ -26,7 +26,6 @@ const THREADS_BEYOND_VCPUS: u64 = 8;
 const DESCRIPTORS: u64 = 8192;
 
 #[derive(Debug, Args)]
-#[group(id = "jail")]
 #[command(next_help_heading = "Jail")]
 // clap would name a group for the struct, which has the same name as the one that it is part of.
 #[group(skip)]
