@@ -10,6 +10,8 @@ use clap::Args;
 use crate::soak::report::{Report, html, junit};
 
 #[derive(Debug, Args)]
+// clap would name a group for the struct, which has the same name as the one that it is part of.
+#[group(skip)]
 pub(super) struct Arguments {
     /// Write a report for test runners in JUnit's format
     #[arg(long, value_name = "FILE")]
