@@ -38,9 +38,11 @@ impl Bystander {
 #[track_caller]
 fn holds_no_more(machine: &Held, before: Holdings) {
     const SLACK_KIB: u64 = 256;
+    // The device's interrupt gets its eventfd when it is raised first: in an agent that was never idle, that is later.
+    const INTERRUPTS: usize = 1;
     let process = machine.process();
     eventually("descriptors are let go of", || {
-        Holdings::of(process).descriptors <= before.descriptors
+        Holdings::of(process).descriptors <= before.descriptors + INTERRUPTS
     });
     let now = Holdings::of(process);
     assert_eq!(now.threads, before.threads);
