@@ -122,6 +122,7 @@ impl Agent {
             dma: dma::report(),
             vsock: self.vsock.clone(),
             timings,
+            linux: None,
         }
     }
 

@@ -182,7 +182,7 @@ fn build_vm(
     })?;
     let memory = match config.payload {
         Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(&template)?,
+        Payload::Kernel { .. } | Payload::Linux(_) => Memory::map(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })

@@ -6,7 +6,7 @@ use agent_protocol::Cause;
 
 use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
-use crate::boot::{self, Payload};
+use crate::boot;
 use crate::bus::lock;
 use crate::device::virtio::audit::DmaAudit;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
@@ -54,7 +54,7 @@ impl Machine {
         self.life += 1;
         self.rested = false;
         self.devices.audit.iter().for_each(DmaAudit::begin_life);
-        if matches!(self.config.payload, Payload::Agent(_)) {
+        if self.config.payload.has_agent() {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
         }

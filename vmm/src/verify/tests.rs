@@ -18,6 +18,7 @@ fn report(life: u32, cause: Cause) -> Report {
         dma: DmaReport::default(),
         vsock: VsockReport::default(),
         timings: Timings { tsc_entry: 1000, tsc_khz: 2_000_000, ..Timings::default() },
+        linux: None,
     }
 }
 

@@ -1,0 +1,13 @@
+//! The Linux personality of the guest agent: what it reads of a kernel and how it answers. The binary (`main.rs`) is the first
+//! process of a Linux whose first file system `images` has made.
+
+#![deny(unsafe_code)]
+
+pub mod agent;
+mod cpu;
+pub mod device;
+pub mod interrupts;
+pub mod kernel_log;
+pub mod modules;
+pub mod pmu;
+pub mod serve;
