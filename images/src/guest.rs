@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::archive::Archive;
+use crate::cache::cached;
 use crate::kernel::{Kernel, KernelError, read};
 use crate::{LINUX_AGENT, unpack};
 
@@ -40,10 +41,25 @@ impl LinuxGuest {
     /// # Errors
     /// [`KernelError`].
     pub fn image(&self) -> Result<Vec<u8>, KernelError> {
-        let path = &self.kernel.path;
-        let bytes = read(path)?;
-        let elf = unpack::elf(&bytes).map_err(|what| KernelError::Broken(path.clone(), what))?;
-        Ok(elf.unwrap_or(bytes))
+        let file = read(&self.kernel.path)?;
+        cached("kernel", &[&file], || Ok(self.unpacked(&file)?.0))
+    }
+
+    /// What is in the kernel's file, unpacked if that can be, and how distributions call such a file.
+    pub(crate) fn unpacked(&self, file: &[u8]) -> Result<(Vec<u8>, &'static str), KernelError> {
+        let broken = |what| KernelError::Broken(self.kernel.path.clone(), what);
+        Ok(match unpack::elf(file).map_err(broken)? {
+            Some(elf) => (elf, "vmlinux"),
+            None if file.starts_with(b"\x7fELF") => (file.to_vec(), "vmlinux"),
+            None => (file.to_vec(), "vmlinuz"),
+        })
+    }
+
+    /// All drivers that there are for it.
+    pub(crate) fn module_names(&self) -> Vec<&'static str> {
+        let names = GROUPS.into_iter().flat_map(|(_, names, _)| names);
+        let there = names.filter(|name| self.kernel.modules(&[name]).is_ok());
+        there.copied().collect()
     }
 
     /// The first file system.

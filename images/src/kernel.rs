@@ -68,6 +68,8 @@ pub struct Kernel {
 /// A module's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Module {
+    /// Where it is.
+    pub path: PathBuf,
     /// Without its directory, such as `vsock.ko`.
     pub file: String,
     /// What is in it.
@@ -82,6 +84,19 @@ impl Kernel {
     /// [`KernelError::NoKernel`].
     pub fn find() -> Result<Self, KernelError> {
         Self::find_in(Path::new(KERNELS), Path::new(MODULES))
+    }
+
+    /// The same for QEMU, which takes a bzImage alone where a kernel has no PVH note.
+    ///
+    /// # Errors
+    /// [`KernelError::NoKernel`].
+    pub fn find_packed() -> Result<Self, KernelError> {
+        let mut kernel = Self::find()?;
+        let packed = Path::new(KERNELS).join(format!("vmlinuz-{}", kernel.release));
+        if packed.is_file() {
+            kernel.path = packed;
+        }
+        Ok(kernel)
     }
 
     fn find_in(kernels: &Path, modules: &Path) -> Result<Self, KernelError> {
@@ -122,18 +137,29 @@ impl Kernel {
         let files = self.files(names)?;
         let module = |file: &PathBuf| {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            Ok(Module { file: name, contents: read(file)? })
+            Ok(Module { path: file.clone(), file: name, contents: read(file)? })
         };
         files.iter().map(module).collect()
     }
 
-    /// Paths below the directory of modules, as [`Self::modules`].
-    fn files(&self, names: &[&str]) -> Result<Vec<PathBuf>, KernelError> {
-        let text = |file: &str| {
+    /// What says which modules there are and what they need, and which are built in: paths and texts.
+    ///
+    /// # Errors
+    /// [`KernelError::Read`].
+    pub fn lists(&self) -> Result<[(PathBuf, String); 2], KernelError> {
+        let list = |file: &str| {
             let path = self.modules.join(file);
-            fs::read_to_string(&path).map_err(|source| KernelError::Read { path, source })
+            match fs::read_to_string(&path) {
+                Ok(text) => Ok((path, text)),
+                Err(source) => Err(KernelError::Read { path, source }),
+            }
         };
-        let (dependencies, built_in) = (text("modules.dep")?, text("modules.builtin")?);
+        Ok([list("modules.dep")?, list("modules.builtin")?])
+    }
+
+    /// Paths of files, as [`Self::modules`].
+    fn files(&self, names: &[&str]) -> Result<Vec<PathBuf>, KernelError> {
+        let [(_, dependencies), (_, built_in)] = self.lists()?;
         let mut files: Vec<PathBuf> = Vec::new();
         for name in names {
             let line = dependencies.lines().find_map(|line| {

@@ -3,8 +3,10 @@
 #![forbid(unsafe_code)]
 
 pub mod archive;
+mod cache;
 pub mod guest;
 pub mod kernel;
+pub mod lab;
 pub mod unpack;
 
 /// The guest agent: a static x86-64 ELF with a PVH entry note, to be loaded where its program headers say (from 1 MiB).

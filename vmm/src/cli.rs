@@ -2,6 +2,7 @@
 
 mod agent;
 mod jail;
+mod lab;
 mod merge;
 mod probe;
 mod reports;
@@ -34,6 +35,7 @@ enum Command {
     Merge(merge::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
+    Lab(lab::Arguments),
 }
 
 /// A failure that ends the program with [`exit::USAGE_OR_HOST`].
@@ -66,6 +68,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
         Command::Merge(arguments) => merge::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),
+        Command::Lab(arguments) => lab::main(arguments),
     }
 }
 
