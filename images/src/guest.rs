@@ -36,13 +36,16 @@ impl LinuxGuest {
         Ok(Self { kernel })
     }
 
-    /// The kernel, unpacked if it is packed in a way that is known here.
+    /// The kernel unpacked, if it is packed in a way that is known here. `None` if its file is to be booted as it is.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub fn image(&self) -> Result<Vec<u8>, KernelError> {
+    pub fn unpacked_image(&self) -> Result<Option<Vec<u8>>, KernelError> {
+        if self.kernel.is_elf()? {
+            return Ok(None);
+        }
         let file = read(&self.kernel.path)?;
-        cached("kernel", &[&file], || Ok(self.unpacked(&file)?.0))
+        cached("kernel", &[&file], || Ok(self.unpacked(&file)?.0)).map(Some)
     }
 
     /// What is in the kernel's file, unpacked if that can be, and how distributions call such a file.

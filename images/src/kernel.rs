@@ -1,7 +1,7 @@
 //! Linux kernels that are installed on this machine, and their modules.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// Where distributions install kernels.
@@ -126,6 +126,19 @@ impl Kernel {
         match modules.is_dir() {
             true => Ok(Self { path: path.into(), release, modules }),
             false => Err(KernelError::NoModules { kernel: path.into(), release }),
+        }
+    }
+
+    /// Whether its file is an ELF, which need not be unpacked.
+    ///
+    /// # Errors
+    /// [`KernelError::Read`].
+    pub fn is_elf(&self) -> Result<bool, KernelError> {
+        let mut magic = [0; 4];
+        let got = fs::File::open(&self.path).and_then(|mut file| file.read_exact(&mut magic));
+        match got {
+            Ok(()) => Ok(magic == *b"\x7fELF"),
+            Err(source) => Err(KernelError::Read { path: self.path.clone(), source }),
         }
     }
 

@@ -84,7 +84,10 @@ impl Payload {
             Self::Linux(guest) => {
                 let path = guest.kernel.path.clone();
                 Ok(Image::Kernel {
-                    kernel: ImageFile::of(path, &guest.image()?)?,
+                    kernel: match guest.unpacked_image()? {
+                        Some(bytes) => ImageFile::of(path, &bytes)?,
+                        None => ImageFile::open("kernel", &path)?,
+                    },
                     initrd: Some(ImageFile::of("of the agent".into(), &guest.file_system()?)?),
                 })
             }

@@ -182,7 +182,8 @@ fn build_vm(
     })?;
     let memory = match config.payload {
         Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } | Payload::Linux(_) => Memory::map(&template)?,
+        Payload::Kernel { .. } => Memory::map(&template)?,
+        Payload::Linux(_) => Memory::map_copy(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })
