@@ -1,6 +1,6 @@
 //! What a Linux guest takes: a kernel, and a first file system with the agent and the drivers that it loads.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::archive::Archive;
 use crate::cache::cached;
@@ -21,19 +21,22 @@ const GROUPS: [(&str, &[&str], bool); 5] = [
 pub struct LinuxGuest {
     /// Which kernel it is.
     pub kernel: Kernel,
+    /// The kernel in the form that kexec takes, for a guest that is to use it.
+    pub kexec: Option<PathBuf>,
 }
 
 impl LinuxGuest {
-    /// With the kernel in the file, or with the newest that is installed.
+    /// With the kernel in the file, or with the newest that is installed. `kexec` says whether the guest is to load it itself.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub fn new(kernel: Option<&Path>) -> Result<Self, KernelError> {
+    pub fn new(kernel: Option<&Path>, kexec: bool) -> Result<Self, KernelError> {
         let kernel = match kernel {
             Some(path) => Kernel::of(path)?,
             None => Kernel::find()?,
         };
-        Ok(Self { kernel })
+        let kexec = if kexec { Some(kernel.packed()?) } else { None };
+        Ok(Self { kernel, kexec })
     }
 
     /// The kernel unpacked, if it is packed in a way that is known here. `None` if its file is to be booted as it is.
@@ -84,6 +87,9 @@ impl LinuxGuest {
             }
         }
         archive.file("/modules/order", order.as_bytes());
+        if let Some(path) = &self.kexec {
+            archive.file("/kernel", &read(path)?);
+        }
         // The kernel opens it for the first process, whose standard error it becomes.
         archive.directory("/dev");
         Ok(archive.finish())

@@ -50,6 +50,14 @@ pub enum KernelError {
         /// The module.
         module: String,
     },
+    /// There is no bzImage of it.
+    #[error("kernel {kernel:?} is an ELF, and the bzImage of it that kexec and QEMU take is not at {wanted:?}")]
+    NotPacked {
+        /// The kernel.
+        kernel: PathBuf,
+        /// Where it was looked for.
+        wanted: PathBuf,
+    },
     /// The kernel's compressed part is broken.
     #[error("kernel {0:?} is a bzImage whose compressed part is broken: {1}")]
     Broken(PathBuf, &'static str),
@@ -91,12 +99,24 @@ impl Kernel {
     /// # Errors
     /// [`KernelError::NoKernel`].
     pub fn find_packed() -> Result<Self, KernelError> {
-        let mut kernel = Self::find()?;
-        let packed = Path::new(KERNELS).join(format!("vmlinuz-{}", kernel.release));
-        if packed.is_file() {
-            kernel.path = packed;
+        let kernel = Self::find()?;
+        let path = kernel.packed()?;
+        Ok(Self { path, ..kernel })
+    }
+
+    /// The file of the same kernel as a bzImage: this one, or the one that is installed under the same release.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn packed(&self) -> Result<PathBuf, KernelError> {
+        if !self.is_elf()? {
+            return Ok(self.path.clone());
         }
-        Ok(kernel)
+        let path = Path::new(KERNELS).join(format!("vmlinuz-{}", self.release));
+        match path.is_file() {
+            true => Ok(path),
+            false => Err(KernelError::NotPacked { kernel: self.path.clone(), wanted: path }),
+        }
     }
 
     fn find_in(kernels: &Path, modules: &Path) -> Result<Self, KernelError> {

@@ -102,7 +102,7 @@ impl Lab {
         let program = read(program)?;
         let busybox = read(&self.busybox)?;
         let kernel = read(&self.kernel.path)?;
-        let guest = LinuxGuest { kernel: self.kernel.clone() };
+        let guest = LinuxGuest { kernel: self.kernel.clone(), kexec: None };
         let names = [&PORTS[..], &KVM, &guest.module_names()].concat();
         let modules = self.kernel.modules(&names)?;
         let lists = self.kernel.lists()?;
@@ -117,6 +117,8 @@ impl Lab {
             let (image, kind) = guest.unpacked(&kernel)?;
             let release = &self.kernel.release;
             archive.file(format!("/boot/{kind}-{release}"), &image);
+            // For kexec in there.
+            archive.file(format!("/boot/vmlinuz-{release}"), &kernel);
             for module in &modules {
                 archive.file(&module.path, &module.contents);
             }

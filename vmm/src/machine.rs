@@ -165,6 +165,7 @@ enum VcpuStop {
 
 enum Command {
     Reset,
+    NewLife(Cause, Instant),
     Nmi(NmiVia),
     ResetTransport,
     Stop,
@@ -338,6 +339,11 @@ impl Handle {
     /// Resets the machine in place. [`Event::Reset`] follows.
     pub fn reset(&self) {
         self.send(Command::Reset);
+    }
+
+    /// Counts a life that the guest has begun by itself, at this moment, without a reset of the machine. [`Event::Reset`] follows.
+    pub fn note_new_life(&self, cause: Cause, at: Instant) {
+        self.send(Command::NewLife(cause, at));
     }
 
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.

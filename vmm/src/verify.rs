@@ -167,7 +167,8 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
     }
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
-        if expectations.kvm != KvmKind::Software {
+        // After a kexec there was no reset of it.
+        if expectations.kvm != KvmKind::Software && life.cause != Cause::Kexec {
             check_tsc(report, &mut add);
         }
         pmu::check(expectations.pmu, life.life, report, &mut add);
@@ -185,13 +186,15 @@ type Add<'a> = dyn FnMut(&'static str, String) + 'a;
 
 /// The guest must know which life it is in: anything else means that RAM or the clock was not reset.
 fn check_identity(life: &Life, report: &Report, add: &mut Add) {
-    if (report.life, report.cause) != (life.life, Some(life.cause)) {
+    if (report.life, report.cause) != (life.life, Some(life.cause.seen_by_machine())) {
         let cause = report.cause.map_or("none", Cause::name);
         add(
             "life-mismatch",
             format!(
                 "the agent is in life {} with cause {cause}, the host in {} with {}",
-                report.life, life.life, life.cause
+                report.life,
+                life.life,
+                life.cause.seen_by_machine()
             ),
         );
     }

@@ -17,7 +17,7 @@ use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::modules::{self, Group};
-use crate::{cpu, device, interrupts, kernel_log, pmu};
+use crate::{cpu, device, interrupts, kernel_log, kexec, pmu};
 
 /// How long to wait for a reset that does not come.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -27,6 +27,7 @@ const MAX_TEXTS: usize = 8;
 /// The agent of one life.
 #[derive(Debug)]
 pub struct Agent {
+    command_line: String,
     params: Params,
     tsc_agent: u64,
     tsc_ready: u64,
@@ -43,7 +44,13 @@ impl Default for Agent {
 impl Agent {
     /// An agent that knows nothing but when it began.
     pub fn new() -> Self {
-        Self { params: Params::default(), tsc_agent: cpu::tsc(), tsc_ready: 0, turn: Mutex::new(()) }
+        Self {
+            command_line: String::new(),
+            params: Params::default(),
+            tsc_agent: cpu::tsc(),
+            tsc_ready: 0,
+            turn: Mutex::new(()),
+        }
     }
 
     /// Reads its orders; takes /proc.
@@ -53,6 +60,7 @@ impl Agent {
     pub fn read_command_line(&mut self) -> Result<(), Box<dyn Error>> {
         let line = fs::read_to_string("/proc/cmdline").map_err(|e| format!("/proc/cmdline: {e}"))?;
         self.params = Params::parse(&line);
+        self.command_line = line.trim_end().into();
         Ok(())
     }
 
@@ -78,7 +86,9 @@ impl Agent {
             Request::GetReport => self.report().map_or_else(Reply::Refused, Reply::Report),
             Request::Ping(number) => Reply::Pong(number),
             Request::Echo(bytes) => Reply::Echo(bytes),
-            Request::Reset(reset) => refused(reset_machine(reset)),
+            Request::Reset(reset) => {
+                refused(reset_machine(reset, &self.command_line, self.params.life))
+            }
             Request::PowerOff => {
                 let Err(error) = reboot(RebootMode::RB_POWER_OFF);
                 Reply::Refused(format!("power off: {error}"))
@@ -231,19 +241,32 @@ fn dma_report(log: &[LogLine]) -> DmaReport {
 }
 
 /// Comes back only if the machine was not reset.
-fn reset_machine(reset: GuestReset) -> Result<(), String> {
+fn reset_machine(reset: GuestReset, cmdline: &str, life: u32) -> Result<(), String> {
     // The words of kernel/reboot.c.
     let kind = match reset {
-        GuestReset::I8042 => "kbd",
+        GuestReset::I8042 | GuestReset::Sysrq | GuestReset::Panic => "kbd",
         GuestReset::Cf9 => "pci",
         GuestReset::Acpi => "acpi",
         GuestReset::Triple => "triple",
+        GuestReset::Kexec => return kexec::start(cmdline, life.wrapping_add(1)),
     };
     let file = "/sys/kernel/reboot/type";
     fs::write(file, kind).map_err(|error| format!("write {kind:?} to {file}: {error}"))?;
-    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    let outcome = match reset {
+        GuestReset::Sysrq => press("b"),
+        GuestReset::Panic => press("c"),
+        _ => {
+            let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+            Err(error.to_string())
+        }
+    };
     thread::sleep(PATIENCE);
-    Err(format!("the machine did not reset ({reset:?}): {error}"))
+    Err(format!("the machine did not reset ({reset:?}): {outcome:?}"))
+}
+
+/// The magic key with this letter.
+fn press(key: &str) -> Result<(), String> {
+    fs::write("/proc/sysrq-trigger", key).map_err(|error| format!("/proc/sysrq-trigger: {error}"))
 }
 
 /// Leaves the counters dirty and one running, behind the kernel's back: with no event of perf's it does not touch them.

@@ -1,7 +1,5 @@
 //! Instructions that std has no safe names for.
 
-#![allow(unsafe_code)]
-
 use std::arch::x86_64::{__cpuid_count, _rdtsc};
 
 use agent_protocol::PmuCpuid;

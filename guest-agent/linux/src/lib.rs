@@ -4,10 +4,13 @@
 #![deny(unsafe_code)]
 
 pub mod agent;
+#[allow(unsafe_code)]
 mod cpu;
 pub mod device;
 pub mod interrupts;
 pub mod kernel_log;
+#[allow(unsafe_code)]
+mod kexec;
 pub mod modules;
 pub mod pmu;
 pub mod serve;

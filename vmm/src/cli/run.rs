@@ -64,7 +64,8 @@ pub(super) struct Arguments {
     #[arg(long, value_enum, value_name = "GUEST", default_value_t, conflicts_with = "agent")]
     guest: Guest,
 
-    /// How to reset it, in turn: host, i8042, cf9, acpi, triple [default: host,i8042,triple]
+    /// How to reset it, in turn: host, i8042, cf9, acpi, triple; with --guest linux also sysrq, panic, kexec [default:
+    /// host,i8042,triple]
     #[arg(long, value_name = "CAUSES", value_delimiter = ',', value_parser = parse_cause)]
     reset_via: Vec<Cause>,
 
@@ -199,6 +200,8 @@ enum UsageError {
     NoReset(&'static str),
     #[error("{0} takes an agent: with --kernel add --guest linux, or leave out --kernel")]
     NoAgent(&'static str),
+    #[error("sysrq, panic and kexec are Linux's own: add --guest linux")]
+    NeedsLinux,
     #[error("{0} is not for --guest linux: {1}")]
     NotForLinux(&'static str, &'static str),
     #[error("--child-of {0} is not the number of the parent process")]
@@ -212,11 +215,23 @@ const CONSOLE_LINES: usize = 100;
 #[error("print the result")]
 pub(super) struct PrintError(#[source] pub(super) std::io::Error);
 
-pub(super) fn parse_cause(word: &str) -> Result<Cause, String> {
+/// A cause that any guest can be reset by.
+pub(super) fn parse_common_cause(word: &str) -> Result<Cause, String> {
+    let cause = parse_cause(word).ok().filter(|cause| !is_of_linux(*cause));
+    cause.ok_or_else(|| "known are host, i8042, cf9, acpi, triple".into())
+}
+
+fn parse_cause(word: &str) -> Result<Cause, String> {
     match word.parse() {
-        Ok(Cause::PowerOn) | Err(_) => Err("known are host, i8042, cf9, acpi, triple".into()),
+        Ok(Cause::PowerOn) | Err(_) => {
+            Err("known are host, i8042, cf9, acpi, triple; for Linux also sysrq, panic, kexec".into())
+        }
         Ok(cause) => Ok(cause),
     }
+}
+
+fn is_of_linux(cause: Cause) -> bool {
+    matches!(cause, Cause::Sysrq | Cause::Panic | Cause::Kexec)
 }
 
 impl Arguments {
@@ -224,7 +239,10 @@ impl Arguments {
         self.check_guest()?;
         let (payload, reset_policy, console) = match (&self.kernel, self.guest) {
             (kernel, Guest::Linux) => (
-                Payload::Linux(LinuxGuest::new(kernel.as_deref())?),
+                Payload::Linux(LinuxGuest::new(
+                    kernel.as_deref(),
+                    self.reset_via.contains(&Cause::Kexec),
+                )?),
                 ResetPolicy::InPlace,
                 ConsoleOutput::Kept,
             ),
@@ -283,6 +301,12 @@ impl Arguments {
         let given = of_agents.iter().find(|(_, is_given)| *is_given);
         match (given, self.guest) {
             (Some((option, _)), _) if !self.has_agent() => Err(UsageError::NoAgent(option)),
+            (_, Guest::Linux) if self.seed.is_some() && self.reset_via.contains(&Cause::Kexec) => {
+                Err(UsageError::NotForLinux("kexec with --seed", "it comes in turn alone"))
+            }
+            (_, Guest::Unikernel) if self.reset_via.iter().any(|cause| is_of_linux(*cause)) => {
+                Err(UsageError::NeedsLinux)
+            }
             (_, Guest::Linux) if self.poison => Err(UsageError::NotForLinux(
                 "--poison",
                 "its registers are not the agent's to poison",

@@ -55,6 +55,7 @@ pub fn launch(
     // This thread sleeps now and then while KVM builds the machine; that one uses the time.
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    config.check_kvm(kind)?;
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;

@@ -12,6 +12,7 @@ use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
 use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
+use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
 use crate::layout::{self, VirtioSlot};
@@ -90,6 +91,12 @@ pub enum ConfigError {
     /// Too many disks.
     #[error("--disk is given {0} times; a machine has {MOST_DISKS} disks at most")]
     Disks(usize),
+    /// A Linux where only our own agent can run.
+    #[error(
+        "this KVM has no hardware virtualization, and its emulator lacks instructions that Linux uses: use `cleanslate lab -- \
+         run --guest linux`, or another host"
+    )]
+    SoftwareKvm,
     /// No or too many vCPUs.
     #[error(
         "--vcpus {wanted} is not between 1 and {max}, the most that this KVM gives one machine"
@@ -145,6 +152,14 @@ impl Config {
             words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Refuses a Linux that could not boot.
+    pub(super) fn check_kvm(&self, kind: KvmKind) -> Result<(), ConfigError> {
+        match (&self.payload, kind) {
+            (Payload::Linux(_), KvmKind::Software) => Err(ConfigError::SoftwareKvm),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses more disks than there are slots for.
