@@ -186,9 +186,10 @@ impl Lab {
         let mut qemu = Command::new("/proc/self/exe");
         qemu.args(["lab", "--machine-of", &std::process::id().to_string(), "--", QEMU]);
         match self.accelerator {
-            // Each level of page tables costs an emulator time: not five of them.
+            // Each level of page tables costs an emulator time: not five of them. Its SVM does not intercept XSETBV, so KVM would
+            // not know what a guest has in XCR0, and put back something else at the next exit.
             Accelerator::Tcg => {
-                qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]);
+                qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,xsave=off"]);
             }
             Accelerator::Kvm => {
                 qemu.args(["-accel", "kvm", "-cpu", "host"]);

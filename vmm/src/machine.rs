@@ -333,6 +333,7 @@ struct Host {
     info: HostInfo,
     kind: KvmKind,
     pmu_absence: PmuAbsence,
+    clears_hwcr: bool,
 }
 
 impl Handle {
@@ -426,6 +427,11 @@ impl Handle {
     /// What runs the guest.
     pub fn kvm_kind(&self) -> KvmKind {
         self.host.kind
+    }
+
+    /// Whether a reset clears HWCR here; only asked for machines that are looked at for residue.
+    pub fn clears_hwcr(&self) -> bool {
+        self.host.clears_hwcr
     }
 
     /// What made the guest's PMU absent.

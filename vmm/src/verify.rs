@@ -14,7 +14,7 @@ use crate::kvm::pmu::PmuPolicy;
 use crate::schedule::Moment;
 
 pub use pmu::ticks_to_overflow;
-pub use residue::{Outcome, Residue, compare};
+pub use residue::{Outcome, Residue, compare, excuse};
 
 /// One life of a machine, as host and agent saw it.
 #[derive(Clone, Debug, Serialize)]
@@ -106,17 +106,21 @@ pub struct Expectations {
     pub kvm: KvmKind,
     /// Which of the DMA audit's violations are findings.
     pub dma_audit: AuditMode,
+    /// Whether its KVM lets anybody clear HWCR ([`crate::kvm::state::clears_hwcr`]).
+    pub clears_hwcr: bool,
 }
+
+/// Why an item of the residue check proves nothing on some hosts.
+pub const UNCLEARED_HWCR: &str =
+    "this KVM, like those before Linux 6.7, lets nobody clear the guest's HWCR (msr.hwcr): a reset leaves it";
 
 impl Expectations {
     /// What cannot be checked on this host, as (name of the finding, reason).
     pub fn unchecked(self) -> Vec<(&'static str, &'static str)> {
-        match self.kvm {
-            KvmKind::Software => {
-                vec![("tsc-not-reset", "a software KVM shows guests the host's time stamp counter")]
-            }
-            KvmKind::Svm | KvmKind::Vmx => Vec::new(),
-        }
+        let tsc = ("tsc-not-reset", "a software KVM shows guests the host's time stamp counter");
+        let hwcr = ("msrs-kept", UNCLEARED_HWCR);
+        let all = [(self.kvm == KvmKind::Software, tsc), (!self.clears_hwcr, hwcr)];
+        all.into_iter().filter_map(|(is_so, what)| is_so.then_some(what)).collect()
     }
 }
 

@@ -416,6 +416,7 @@ fn lead(
         pmu: arguments.pmu,
         kvm: machine.kvm_kind(),
         dma_audit: arguments.dma_audit,
+        clears_hwcr: machine.clears_hwcr(),
     };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {

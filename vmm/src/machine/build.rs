@@ -30,6 +30,7 @@ use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
 use crate::kvm::pmu::{self, PmuPolicy};
+use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Kvm, cpuid};
@@ -96,8 +97,12 @@ pub fn launch(
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
-    let host =
-        Host { info: HostInfo::new(&kvm, kind, module), kind, pmu_absence: vm.pmu_absence() };
+    let host = Host {
+        info: HostInfo::new(&kvm, kind, module),
+        kind,
+        pmu_absence: vm.pmu_absence(),
+        clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
+    };
     let (events_out, events) = channel();
     let machine = Machine {
         vcpus,
