@@ -183,6 +183,8 @@ enum UsageError {
     NotEmulated(&'static str),
     #[error("{0} shows after a reset: add --resets N")]
     NoReset(&'static str),
+    #[error("--uds and --uds-seqpacket name the same socket, {0:?}")]
+    SameSocket(PathBuf),
     #[error("--child-of {0} is not the number of the parent process")]
     NotTheParent(u32),
 }
@@ -203,6 +205,11 @@ pub(super) fn parse_cause(word: &str) -> Result<Cause, String> {
 
 impl Arguments {
     pub fn config(&self) -> Result<Config, Error> {
+        if let Some(path) = &self.uds
+            && self.uds_seqpacket.as_ref() == Some(path)
+        {
+            return Err(UsageError::SameSocket(path.clone()).into());
+        }
         let (payload, reset_policy, console) = match &self.kernel {
             Some(kernel) => (
                 Payload::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() },
