@@ -50,16 +50,16 @@ fn an_agent_that_is_none_is_refused_with_its_path_and_its_problem() {
     let check = |path: &std::path::Path, message: &str| {
         let path = path.to_str().unwrap();
         let outcome = run(&["run", "--agent", path]);
-        assert!(outcome.stderr.contains(path), "the path is missing: {outcome}");
+        assert!(outcome.stderr.contains(&format!("agent {path:?}")), "{outcome}");
         refused(outcome, message);
     };
     let good = Guest::new().halt();
     check(&dir.path().join("missing"), "No such file");
     check(dir.path(), "not a regular file");
     check(&file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "neither an ELF executable nor a bzImage");
-    check(&file(&dir, "plain", &good.elf_without_note()), "is no agent: it has no PVH note");
+    check(&file(&dir, "plain", &good.elf_without_note()), "has no PVH note");
     let behind = good.elf_for(62, 0xc0_0000);
-    check(&file(&dir, "high", &behind), "is no agent: those end below 12 MiB");
+    check(&file(&dir, "high", &behind), "does not end below 12 MiB");
     refused(run(&["run", "--agent", "a", "--kernel", "b"]), "cannot be used with");
 }
 
@@ -101,6 +101,8 @@ fn a_socket_path_that_no_socket_can_have_is_refused() {
     let long = format!("/tmp/{}", "x".repeat(200));
     refused(run(&["run", "--uds", &long]), "the path has 205 bytes and may have at most 107");
     refused(run(&["run", "--uds", "/no/such/directory/vsock"]), "/no/such/directory/vsock");
+    let twice = run(&["run", "--uds", "vsock", "--uds-seqpacket", "vsock"]);
+    refused(twice, "--uds and --uds-seqpacket name the same socket, \"vsock\"");
 }
 
 #[test]

@@ -185,7 +185,7 @@ fn connections_that_a_device_keeps_are_found_whichever_side_opened_them() {
 fn a_human_reads_what_was_left_out_on_purpose() {
     run(&["run", "--resets", "1", "--inject", "nmi-queued"])
         .expect_status(1)
-        .expect_stdout("finding in life 2: nmi-queued: 1 NMIs were waiting")
+        .expect_stdout("finding in life 2: nmi-queued: 1 NMI was waiting")
         .expect_stdout("injected: the resets left out nmi-queued")
         .expect_stdout("not clean: 2 lives, 2 findings");
 }

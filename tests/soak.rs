@@ -202,7 +202,9 @@ fn a_soak_that_cannot_be_is_refused_in_one_line() {
     check(&["--mem", "0"], "--mem 0 MiB is not between");
     check(&["--vcpus", "9999", "--vms", "3"], "--vcpus 9999 is not between 1 and");
     check(&["--inject", "pmu-not-reset"], "add --pmu emulated");
-    check(&["--no-poison", "--inject", "fpu-kept"], "add --poison");
+    check(&["--no-poison", "--inject", "fpu-kept"], "leave soak's --no-poison out");
+    check(&["--id", ""], "an id has 1 to 64 letters, digits or hyphens");
+    check(&["--id", "a/b"], "invalid value 'a/b' for '--id <ID>'");
     check(&["--bundle", "/no/such/place/bundle"], "/no/such/place/bundle");
     check(&["--html", "/no/such/page"], "write \"/no/such/page\"");
     check(&["--junit", "/no/such/page"], "write \"/no/such/page\"");

@@ -27,7 +27,9 @@ pub enum KernelError {
         source: io::Error,
     },
     /// It is none.
-    #[error("kernel {0:?} does not say which release of Linux it is: neither a bzImage nor an ELF of one")]
+    #[error(
+        "kernel {0:?} does not say which release of Linux it is: neither a bzImage nor an ELF of one"
+    )]
     NoRelease(PathBuf),
     /// Its modules are not there.
     #[error(
@@ -41,7 +43,9 @@ pub enum KernelError {
         release: String,
     },
     /// A module is neither there nor built in.
-    #[error("Linux {release}, the kernel {kernel:?}, has no module {module}, nor is it built in; take another kernel")]
+    #[error(
+        "Linux {release}, the kernel {kernel:?}, has no module {module}, nor is it built in; take another kernel"
+    )]
     NoModule {
         /// The kernel.
         kernel: PathBuf,
@@ -51,7 +55,9 @@ pub enum KernelError {
         module: String,
     },
     /// There is no bzImage of it.
-    #[error("kernel {kernel:?} is an ELF, and the bzImage of it that kexec and QEMU take is not at {wanted:?}")]
+    #[error(
+        "kernel {kernel:?} is an ELF, and the bzImage of it that kexec and QEMU take is not at {wanted:?}"
+    )]
     NotPacked {
         /// The kernel.
         kernel: PathBuf,
@@ -288,7 +294,8 @@ mod tests {
             fs::write(dir.path().join(name), b"").unwrap();
             let modules = dir.path().join(&name["vmlinuz-".len()..]);
             fs::create_dir_all(modules.join("kernel")).unwrap();
-            let dependencies = "kernel/a.ko: kernel/c.ko kernel/b.ko\nkernel/b.ko:\nkernel/c.ko: kernel/b.ko\n";
+            let dependencies =
+                "kernel/a.ko: kernel/c.ko kernel/b.ko\nkernel/b.ko:\nkernel/c.ko: kernel/b.ko\n";
             fs::write(modules.join("modules.dep"), dependencies).unwrap();
             fs::write(modules.join("modules.builtin"), "kernel/built_in.ko\n").unwrap();
             for name in ["a", "b", "c"] {

@@ -73,7 +73,7 @@ impl Payload {
     pub fn open(&self) -> Result<Image, BootError> {
         match self {
             Self::Agent(None) => Ok(Image::Agent(None)),
-            Self::Agent(Some(path)) => Ok(Image::Agent(Some(ImageFile::open("agent", path)?))),
+            Self::Agent(Some(path)) => Ok(Image::Agent(Some(ImageFile::open(AGENT, path)?))),
             Self::Kernel { kernel, initrd } => Ok(Image::Kernel {
                 kernel: ImageFile::open("kernel", kernel)?,
                 initrd: match initrd {
@@ -158,9 +158,11 @@ pub enum BootError {
         /// What the system said.
         source: io::Error,
     },
-    /// The file is no kernel that this machine can run.
-    #[error("kernel {path:?} {problem}")]
-    Kernel {
+    /// The file is nothing that this machine can run.
+    #[error("{what} {path:?} {problem}")]
+    Unfit {
+        /// `agent` or `kernel`.
+        what: &'static str,
         /// Its path.
         path: PathBuf,
         /// What is wrong with it.
@@ -209,11 +211,11 @@ pub fn load(
     acpi::write(ram, vcpus, slots)?;
     match image {
         Image::Agent(None) => {
-            load_agent(ram, PathBuf::from("guest agent"), &mut Cursor::new(images::AGENT))
+            load_agent(ram, PathBuf::from("(embedded)"), &mut Cursor::new(images::AGENT))
         }
         Image::Agent(Some(ImageFile { mut file, path })) => load_agent(ram, path, &mut file),
         Image::Kernel { kernel: ImageFile { mut file, path }, initrd } => {
-            load_image(ram, path, &mut file, initrd, u64::MAX)
+            load_image(ram, ("kernel", path), &mut file, initrd, u64::MAX)
         }
     }
 }
@@ -246,28 +248,32 @@ struct InitrdRange {
     bytes: u64,
 }
 
+/// What an agent is called in errors.
+const AGENT: &str = "agent";
+
 fn load_agent<F: io::Read + vm_memory::ReadVolatile + Seek>(
     ram: &GuestRam,
     path: PathBuf,
     file: &mut F,
 ) -> Result<Entry, BootError> {
-    match load_image(ram, path.clone(), file, None, layout::AGENT_END)? {
+    match load_image(ram, (AGENT, path.clone()), file, None, layout::AGENT_END)? {
         entry @ Entry::Pvh { .. } => Ok(entry),
         Entry::Linux64 { .. } => {
-            Err(BootError::Kernel { path, problem: "is no agent: it has no PVH note".into() })
+            let problem = "has no PVH note".into();
+            Err(BootError::Unfit { what: AGENT, path, problem })
         }
     }
 }
 
-/// Loads what has to end at `highest`.
+/// Loads what has to end at `highest`, and is called this in errors.
 fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
     ram: &GuestRam,
-    path: PathBuf,
+    (what, path): (&'static str, PathBuf),
     file: &mut F,
     initrd: Option<ImageFile>,
     highest: u64,
 ) -> Result<Entry, BootError> {
-    let refuse = |problem: String| BootError::Kernel { path: path.clone(), problem };
+    let refuse = |problem: String| BootError::Unfit { what, path: path.clone(), problem };
     let kind = image::inspect(file, ram).map_err(refuse)?;
     let lowest = Some(GuestAddress(layout::HIGH_MEMORY));
     let loaded = match kind {
@@ -281,7 +287,7 @@ fn load_image<F: io::Read + vm_memory::ReadVolatile + Seek>(
     });
     if kernel_end > highest {
         let mib = highest >> 20;
-        return Err(refuse(format!("is no agent: those end below {mib} MiB")));
+        return Err(refuse(format!("does not end below {mib} MiB")));
     }
     let limit = linux64::initrd_limit(loaded.setup_header.as_ref());
     let initrd = initrd.map(|initrd| load_initrd(ram, initrd, kernel_end, limit)).transpose()?;

@@ -103,7 +103,9 @@ pub enum FaultError {
     )]
     NoCounters(Fault),
     /// The state would be as clean without the step.
-    #[error("--inject {0} leaves only what the residue check put there: add --poison")]
+    #[error(
+        "--inject {0} leaves only what the residue check put there: add --poison, or leave soak's --no-poison out"
+    )]
     NoPoison(Fault),
     /// The machine lacks the registers.
     #[error("--inject {0} needs {1}")]

@@ -119,9 +119,8 @@ impl Lab {
             Ok([UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?])
         };
         let pairs = pairs().map_err(host("make sockets for the lab"))?;
-        let [ours, theirs] = [0, 1].map(|end| {
-            pairs.each_ref().map(|pair| if end == 0 { &pair.0 } else { &pair.1 })
-        });
+        let [ours, theirs] =
+            [0, 1].map(|end| pairs.each_ref().map(|pair| if end == 0 { &pair.0 } else { &pair.1 }));
         for descriptor in theirs.map(AsFd::as_fd).into_iter().chain([image.as_fd()]) {
             let inherited = fcntl_setfd(descriptor, FdFlags::empty());
             inherited.map_err(|error| RunError::Host("hand sockets to the lab", error.into()))?;
@@ -379,7 +378,8 @@ mod tests {
     fn an_answer_is_a_status_and_an_archive() {
         let answer = parse(b"status 3\narchive").unwrap();
         assert_eq!((answer.status, answer.files.as_slice()), (3, &b"archive"[..]));
-        for nonsense in [&b""[..], b"status 3", b"status\n", b"status 256\n", b"status x\n", b"\n"] {
+        for nonsense in [&b""[..], b"status 3", b"status\n", b"status 256\n", b"status x\n", b"\n"]
+        {
             assert!(parse(nonsense).is_none(), "{nonsense:?}");
         }
     }

@@ -44,7 +44,7 @@ const DELIVERY_TICKS: u64 = 1 << 31;
 /// Why a machine did not get to the end of its plan, apart from what its lives tell.
 #[derive(Debug, thiserror::Error)]
 pub enum LifecycleError {
-    /// SIGINT or SIGTERM.
+    /// SIGINT, SIGTERM or SIGHUP.
     #[error("interrupted")]
     Interrupted,
     /// NMIs were wanted but the guest has disconnected its NMI pin.

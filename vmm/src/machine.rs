@@ -262,7 +262,7 @@ pub enum Stop {
     Reset(Cause),
     /// The guest cannot be run further.
     Stuck(GuestStuck),
-    /// SIGINT or SIGTERM.
+    /// SIGINT, SIGTERM or SIGHUP.
     Interrupted,
     /// The [`Handle`] asked for it.
     Requested,

@@ -12,6 +12,7 @@ use crate::device::virtio::audit::log::Violation;
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 use crate::schedule::Moment;
+use crate::words::plural;
 
 pub use pmu::ticks_to_overflow;
 pub use residue::{Outcome, Residue, compare, excuse};
@@ -111,8 +112,7 @@ pub struct Expectations {
 }
 
 /// Why an item of the residue check proves nothing on some hosts.
-pub const UNCLEARED_HWCR: &str =
-    "this KVM, like those before Linux 6.7, lets nobody clear the guest's HWCR (msr.hwcr): a reset leaves it";
+pub const UNCLEARED_HWCR: &str = "this KVM, like those before Linux 6.7, lets nobody clear the guest's HWCR (msr.hwcr): a reset leaves it";
 
 impl Expectations {
     /// What cannot be checked on this host, as (name of the finding, reason).
@@ -252,14 +252,16 @@ fn check_nmis_of_the_earlier_life(report: &Report, add: &mut Add) {
     let queued = nmi.records.iter().filter(waited).count() as u32;
     if let Some(first) = nmi.records.iter().find(waited) {
         let detail = format!(
-            "{queued} NMIs were waiting when the machine came back, the first at {:#x}",
+            "{} when the machine came back, the first at {:#x}",
+            plural(queued as usize, "NMI was waiting", "NMIs were waiting"),
             first.rip
         );
         add("nmi-queued", detail);
     }
     let late = nmi.unknown.saturating_sub(queued).saturating_sub(pmu::overflows(report));
     if late > 0 {
-        add("nmi-after-reset", format!("{late} NMIs came after the reset, from no counter"));
+        let came = plural(late as usize, "NMI", "NMIs");
+        add("nmi-after-reset", format!("{came} came after the reset, from no counter"));
     }
 }
 

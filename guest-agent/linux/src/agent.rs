@@ -58,7 +58,8 @@ impl Agent {
     /// # Errors
     /// Those of /proc/cmdline.
     pub fn read_command_line(&mut self) -> Result<(), Box<dyn Error>> {
-        let line = fs::read_to_string("/proc/cmdline").map_err(|e| format!("/proc/cmdline: {e}"))?;
+        let line =
+            fs::read_to_string("/proc/cmdline").map_err(|e| format!("/proc/cmdline: {e}"))?;
         self.params = Params::parse(&line);
         self.command_line = line.trim_end().into();
         Ok(())
@@ -169,8 +170,9 @@ fn read(path: &str) -> Result<String, String> {
 fn tsc_khz(log: &[LogLine]) -> u32 {
     let khz = |line: &LogLine| {
         let rest = line.text.strip_prefix("tsc: ")?;
-        let (_, tail) =
-            rest.split_once("Detected ").or_else(|| rest.split_once("clocksource calibration: "))?;
+        let (_, tail) = rest
+            .split_once("Detected ")
+            .or_else(|| rest.split_once("clocksource calibration: "))?;
         let mhz: f64 = tail.split_whitespace().next()?.parse().ok()?;
         (0.0..4e6).contains(&mhz).then_some((mhz * 1000.0) as u32)
     };
@@ -179,7 +181,8 @@ fn tsc_khz(log: &[LogLine]) -> u32 {
 
 /// What the counter showed when the kernel's clock began, which is early in its boot.
 fn tsc_entry(now: u64, khz: u32) -> Result<u64, String> {
-    let uptime = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(|error| format!("clock: {error}"))?;
+    let uptime =
+        clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(|error| format!("clock: {error}"))?;
     let us = u64::try_from(uptime.num_microseconds()).unwrap_or(0);
     Ok(now.saturating_sub(us.saturating_mul(khz.into()) / 1000))
 }
@@ -366,7 +369,8 @@ mod tests {
 
     #[test]
     fn dma_complaints_are_violations_and_its_greeting_is_none() {
-        let complaint = "DMA-API: virtio1: cacheline tracking EEXIST, overlapping mappings aren't supported";
+        let complaint =
+            "DMA-API: virtio1: cacheline tracking EEXIST, overlapping mappings aren't supported";
         let mut log = log(&[(0, complaint); 12]);
         log.push(LogLine { us: 0, level: 6, text: "DMA-API: preallocated 65536 entries".into() });
         let report = dma_report(&log);

@@ -65,7 +65,9 @@ fn unescape(text: &str) -> String {
         match after.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
             // Control characters stay as they are written: this goes to terminals.
             Some(byte) if byte == b'\\' => plain.push('\\'),
-            _ => plain.push_str(&rest[before.len()..before.len() + 4.min(rest.len() - before.len())]),
+            _ => {
+                plain.push_str(&rest[before.len()..before.len() + 4.min(rest.len() - before.len())])
+            }
         }
         rest = after.get(2..).unwrap_or_default();
     }

@@ -49,10 +49,12 @@ mod tests {
     fn each_outcome_has_its_words() {
         let absent = "Performance Events: PMU not available due to virtualization, using software events only.";
         assert_eq!(of(&[absent]), PmuStatus::Absent);
-        let unsupported = "Performance Events: unsupported p6 CPU model 85 no PMU driver, software events only.";
+        let unsupported =
+            "Performance Events: unsupported p6 CPU model 85 no PMU driver, software events only.";
         assert_eq!(of(&[unsupported]), PmuStatus::Absent);
         assert_eq!(of(&[]), PmuStatus::Absent);
-        let broken = "Performance Events: Broken PMU hardware detected, using software events only.";
+        let broken =
+            "Performance Events: Broken PMU hardware detected, using software events only.";
         assert_eq!(of(&[broken]), PmuStatus::Broken);
         let present = |driver: &str| PmuStatus::Present { driver: driver.into() };
         let core = "Performance Events: Fam17h+ core perfctr, AMD PMU driver.";
@@ -63,7 +65,8 @@ mod tests {
     fn prefix_and_tail_may_be_records_of_their_own() {
         let driver = PmuStatus::Present { driver: "AMD".into() };
         assert_eq!(of(&["Performance Events: ", "something else", "AMD PMU driver."]), driver);
-        let corrupted = "[Firmware Bug]: the BIOS has corrupted hw-PMU resources (MSR c0010200 is 530076)";
+        let corrupted =
+            "[Firmware Bug]: the BIOS has corrupted hw-PMU resources (MSR c0010200 is 530076)";
         let found = PmuStatus::BrokenBios { msr: 0xc001_0200, value: 0x53_0076 };
         assert_eq!(of(&["Broken BIOS detected, complain", corrupted, "AMD PMU driver."]), found);
     }

@@ -82,7 +82,9 @@ fn connect(host_port: u32, timeout: Duration, agent: &Arc<Agent>) -> Result<u32,
     asking.map_err(|_| ConnectError::TooMany)?;
     let stream = match outcome.recv_timeout(timeout) {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) if error.kind() == ErrorKind::TimedOut => return Err(ConnectError::TimedOut),
+        Ok(Err(error)) if error.kind() == ErrorKind::TimedOut => {
+            return Err(ConnectError::TimedOut);
+        }
         Ok(Err(_)) => return Err(ConnectError::Refused),
         Err(_) => return Err(ConnectError::TimedOut),
     };

@@ -22,8 +22,8 @@ pub use message::{
 };
 pub use pattern::Pattern;
 pub use report::{
-    DmaReport, ExceptionRecord, LinuxReport, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Report, Timings, VsockReport,
+    DmaReport, ExceptionRecord, LinuxReport, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid,
+    PmuReport, PmuStatus, Report, Timings, VsockReport,
 };
 pub use residue::{CheckTicks, Poisoning, StateReading};
 

@@ -211,7 +211,9 @@ impl Agent {
     /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
         if matches!(reset, GuestReset::Sysrq | GuestReset::Panic | GuestReset::Kexec) {
-            return Reply::Refused(format!("this is no Linux, which alone can do that ({reset:?})"));
+            return Reply::Refused(format!(
+                "this is no Linux, which alone can do that ({reset:?})"
+            ));
         }
         #[cfg(feature = "attacks")]
         crate::attacker::attack_devices(&self.params);

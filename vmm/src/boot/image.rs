@@ -27,7 +27,7 @@ pub(super) fn low_ram_end(ram: &GuestRam) -> u64 {
     ram_ranges(ram).next().map_or(0, |(_, bytes)| bytes)
 }
 
-/// Says what `file` is, or in words that follow "kernel PATH" why it cannot be loaded.
+/// Says what `file` is, or in words that follow its path why it cannot be loaded.
 pub(super) fn inspect<F: Read + Seek>(file: &mut F, ram: &GuestRam) -> Result<Kind, String> {
     let unreadable = |e: std::io::Error| format!("cannot be read: {e}");
     let len = file.seek(SeekFrom::End(0)).map_err(unreadable)?;

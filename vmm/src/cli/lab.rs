@@ -91,8 +91,7 @@ pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
     let interrupts = Interrupts::catch_as_started()?;
     let found = FileSystem::find()?;
     let program = Path::new("/proc/self/exe");
-    let file_system =
-        found.file_system(program, &work, &arguments.file, &arguments.fetch)?;
+    let file_system = found.file_system(program, &work, &arguments.file, &arguments.fetch)?;
     let lab = Lab {
         kernel: found.kernel,
         file_system,

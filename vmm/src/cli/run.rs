@@ -204,6 +204,8 @@ enum UsageError {
     NeedsLinux,
     #[error("{0} is not for --guest linux: {1}")]
     NotForLinux(&'static str, &'static str),
+    #[error("--uds and --uds-seqpacket name the same socket, {0:?}")]
+    SameSocket(PathBuf),
     #[error("--child-of {0} is not the number of the parent process")]
     NotTheParent(u32),
 }
@@ -224,7 +226,8 @@ pub(super) fn parse_common_cause(word: &str) -> Result<Cause, String> {
 fn parse_cause(word: &str) -> Result<Cause, String> {
     match word.parse() {
         Ok(Cause::PowerOn) | Err(_) => {
-            Err("known are host, i8042, cf9, acpi, triple; for Linux also sysrq, panic, kexec".into())
+            Err("known are host, i8042, cf9, acpi, triple; for Linux also sysrq, panic, kexec"
+                .into())
         }
         Ok(cause) => Ok(cause),
     }
@@ -237,6 +240,11 @@ fn is_of_linux(cause: Cause) -> bool {
 impl Arguments {
     pub fn config(&self) -> Result<Config, Error> {
         self.check_guest()?;
+        if let Some(path) = &self.uds
+            && self.uds_seqpacket.as_ref() == Some(path)
+        {
+            return Err(UsageError::SameSocket(path.clone()).into());
+        }
         let (payload, reset_policy, console) = match (&self.kernel, self.guest) {
             (kernel, Guest::Linux) => (
                 Payload::Linux(LinuxGuest::new(

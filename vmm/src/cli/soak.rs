@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
 use clap::{Args, Parser, ValueEnum};
+use jailer::Id;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::run::{self, parse_common_cause};
@@ -132,7 +133,7 @@ pub(super) struct Arguments {
 struct JailArguments {
     /// Begin the jails' names with this; the machine's number follows [default: made of the processes' numbers]
     #[arg(long, value_name = "ID")]
-    id: Option<String>,
+    id: Option<Id>,
 
     /// User of the jailed processes: a name, a number, or +NUMBER, from which each machine has one of its own [default: nobody]
     #[arg(long, value_name = "USER")]
@@ -177,7 +178,12 @@ impl JailArguments {
             arguments.push("--no-jail".into());
         }
         let who = |word: &Option<String>| word.as_deref().map(Who::new);
-        Jails { id: self.id.clone(), user: who(&self.uid), group: who(&self.gid), arguments }
+        Jails {
+            id: self.id.as_ref().map(Id::to_string),
+            user: who(&self.uid),
+            group: who(&self.gid),
+            arguments,
+        }
     }
 }
 
@@ -215,7 +221,7 @@ fn parse_duration(word: &str) -> Result<Duration, String> {
     const MOST: u64 = 100 * 365 * 24 * 60 * 60;
     match number.parse::<u64>().ok().and_then(|number| number.checked_mul(seconds)) {
         Some(seconds @ 1..=MOST) => Ok(Duration::from_secs(seconds)),
-        _ => Err("a time is a number with s, m, h or d".into()),
+        _ => Err("a time is a number with s, m, h or d, from 1s to 100 years".into()),
     }
 }
 

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -25,6 +26,9 @@ pub enum Said {
 /// A line with evidence has a few hundred thousand bytes.
 const LONGEST_LINE: u64 = 8 << 20;
 
+/// How long the end of stderr may come after that of the process. Its janitor has stderr too, and somebody may have stopped that.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// This program with these arguments, as the process of a machine.
 pub fn command(arguments: &[String]) -> Command {
     let mut command = Command::new("/proc/self/exe");
@@ -37,7 +41,8 @@ pub fn command(arguments: &[String]) -> Command {
 pub struct Process {
     child: Child,
     errors: Arc<Mutex<VecDeque<String>>>,
-    error_reader: Option<std::thread::JoinHandle<()>>,
+    /// Disconnected when stderr is at its end.
+    last_words: Receiver<()>,
 }
 
 impl Process {
@@ -60,14 +65,14 @@ impl Process {
             std::thread::Builder::new().name(name.into()).spawn(work)
         };
         let kept = Arc::clone(&errors);
-        let error_reader =
-            spawn("stderr", Box::new(move || stderr.into_iter().for_each(|s| keep(s, &kept))))
-                .and_then(|reader| {
-                    let listen = move || stdout.into_iter().for_each(|s| listen(s, name, &outbox));
-                    spawn("stdout", Box::new(listen)).map(|_| reader)
-                });
-        match error_reader {
-            Ok(reader) => Ok(Self { child, errors, error_reader: Some(reader) }),
+        let (end_of_stderr, last_words) = sync_channel(0);
+        let keep = move || {
+            stderr.into_iter().for_each(|s| keep(s, &kept));
+            drop(end_of_stderr);
+        };
+        let listen = move || stdout.into_iter().for_each(|s| listen(s, name, &outbox));
+        match spawn("stderr", Box::new(keep)).and_then(|_| spawn("stdout", Box::new(listen))) {
+            Ok(_) => Ok(Self { child, errors, last_words }),
             Err(error) => {
                 let _ = child.kill().and_then(|()| child.wait());
                 Err(error)
@@ -92,9 +97,8 @@ impl Process {
     /// What the kernel says.
     pub fn wait(&mut self) -> io::Result<(ExitStatus, Vec<String>)> {
         let status = self.child.wait()?;
-        if let Some(reader) = self.error_reader.take() {
-            let _ = reader.join();
-        }
+        // Without its end there is what has come until now.
+        let _ = self.last_words.recv_timeout(LAST_WORDS);
         Ok((status, self.errors()))
     }
 
@@ -155,7 +159,7 @@ fn keep(stream: impl Read, kept: &Mutex<VecDeque<String>>) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::sync_channel;
+    use rustix::fs::{CWD, Mode, mkfifoat};
 
     use super::*;
 
@@ -203,6 +207,21 @@ mod tests {
         process.give_up();
         // Still there.
         kill_process(pid, Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn whoever_keeps_the_stderr_of_one_that_has_ended_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        mkfifoat(CWD, &fifo, Mode::RWXU).unwrap();
+        let mut command = Command::new("sh");
+        // The one in the background has stderr until something comes from the FIFO.
+        command.args(["-c", "read word < \"$0\" & echo last words >&2"]).arg(&fifo);
+        let (outbox, _inbox) = sync_channel::<(u32, Said)>(1);
+        let mut process = Process::start(command, 7_u32, outbox).unwrap();
+        let (status, errors) = process.wait().unwrap();
+        assert!(status.success() && errors == ["last words"], "{status}: {errors:?}");
+        std::fs::write(&fifo, "end\n").unwrap();
     }
 
     #[test]

@@ -40,8 +40,12 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
 }
 
 fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
-    let mut judge =
-        Judge::new(Expectations { pmu: policy, kvm: KvmKind::Svm, dma_audit: AuditMode::Off, clears_hwcr: true });
+    let mut judge = Judge::new(Expectations {
+        pmu: policy,
+        kvm: KvmKind::Svm,
+        dma_audit: AuditMode::Off,
+        clears_hwcr: true,
+    });
     for life in lives {
         judge.hear(life);
     }
@@ -289,7 +293,8 @@ fn violations_of_the_dma_audit_are_findings_by_their_level() {
     let seen = Life { dma_audit, ..life(1, Cause::PowerOn, |_| {}) };
     let check = |dma_audit, expected: &[&str]| {
         let pmu = PmuPolicy::Off;
-        let mut judge = Judge::new(Expectations { pmu, kvm: KvmKind::Svm, dma_audit, clears_hwcr: true });
+        let mut judge =
+            Judge::new(Expectations { pmu, kvm: KvmKind::Svm, dma_audit, clears_hwcr: true });
         let findings = judge.hear(&seen).0;
         assert!(findings.iter().all(|finding| finding.name == "dma-audit"), "{findings:?}");
         let details: Vec<_> = findings.iter().map(|finding| &finding.detail).collect();
@@ -303,8 +308,12 @@ fn violations_of_the_dma_audit_are_findings_by_their_level() {
 #[test]
 fn the_time_stamp_counter_is_not_judged_where_guests_see_the_hosts() {
     let late = life(1, Cause::PowerOn, |r| r.timings.tsc_entry = u64::MAX / 2);
-    let software =
-        Expectations { pmu: PmuPolicy::Off, kvm: KvmKind::Software, dma_audit: AuditMode::Off, clears_hwcr: false };
+    let software = Expectations {
+        pmu: PmuPolicy::Off,
+        kvm: KvmKind::Software,
+        dma_audit: AuditMode::Off,
+        clears_hwcr: false,
+    };
     let mut judge = Judge::new(software);
     judge.hear(&late);
     assert_eq!(judge.findings(), []);

@@ -157,12 +157,15 @@ fn by_life(page: &mut String, report: &Report) {
         (lives as f64, rows.len() as f64),
         (true, true),
     );
-    let colour = |name: &str| figures.names.keys().position(|n| n == name).unwrap_or(0) % COLOURS;
+    let place = |name: &str| figures.names.keys().position(|n| n == name).unwrap_or(0);
+    let colour = |name: &str| place(name) % COLOURS;
+    // Each name a little lower than the one before: a life that showed several would hide all but one.
+    let lower = |name: &str| 0.5 * place(name) as f64 / figures.names.len().max(1) as f64;
     for shown in &figures.shown {
         let class = format!("f{}", colour(&shown.name));
         let key = (shown.place.seed, shown.place.vm);
         let name = format!("machine {}, life {}: {}", report.label(key), shown.life, shown.name);
-        plot.mark(&class, (shown.lives as f64, row(key)), &name);
+        plot.mark(&class, (shown.lives as f64, row(key) - lower(&shown.name)), &name);
     }
     page.push_str(&plot.finish());
     page.push_str("<p class=\"dim\">");

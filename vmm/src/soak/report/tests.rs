@@ -38,6 +38,20 @@ fn text_cannot_become_markup() {
 }
 
 #[test]
+fn no_finding_of_a_life_hides_another_in_the_plot() {
+    let mut report = report(2, Some("a"), Ending::Finding);
+    let place = Place { seed: 42, vm: 5, process: 0 };
+    let mut last = life(3, Some("a"));
+    last.findings.push(Found { name: "b".into(), detail: String::new() });
+    report.figures.add(place, &last, None);
+    let page = html(&report);
+    let marks: Vec<_> = page.lines().filter(|line| line.starts_with("<circle")).collect();
+    let place = |mark: &str| mark[mark.find("cx=").unwrap()..mark.find(" r=").unwrap()].to_string();
+    let places: std::collections::BTreeSet<_> = marks.iter().map(|mark| place(mark)).collect();
+    assert_eq!((marks.len(), places.len()), (3, 3), "{marks:?}");
+}
+
+#[test]
 fn what_was_not_brought_to_its_end_is_not_clean() {
     let check = |lives, finding, ending, verdict: Verdict, status: Option<u8>| {
         let report = report(lives, finding, ending);
