@@ -72,6 +72,12 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     }
 }
 
+/// Says what is wrong with a command for this program in another place.
+fn check(words: &[String]) -> Result<(), Error> {
+    let program = [String::from("cleanslate")];
+    Arguments::try_parse_from(program.iter().chain(words)).map(|_| ()).map_err(in_one_line)
+}
+
 /// What clap says about wrong usage, without the usage itself, which `--help` shows. Help that was asked for ends the program.
 fn in_one_line(error: clap::Error) -> Error {
     use clap::error::ErrorKind;

@@ -60,8 +60,13 @@ pub struct Lab {
 /// Why a lab gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// QEMU is not there, or cannot be started.
-    #[error("start {QEMU}; on Debian it is in the package qemu-system-x86")]
+    /// QEMU is not there.
+    #[error(
+        "there is no {QEMU} in the PATH: install it, on Debian with the package qemu-system-x86"
+    )]
+    NoQemu,
+    /// It cannot be started.
+    #[error("start {QEMU}")]
     Qemu(#[source] io::Error),
     /// The host has no descriptor, thread or memory left.
     #[error("{0}")]
@@ -114,6 +119,10 @@ impl Lab {
     /// [`RunError`].
     pub fn run(self, interrupts: Interrupts) -> Result<Answer, RunError> {
         let host = |what| move |error| RunError::Host(what, error);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        if !std::env::split_paths(&path).any(|directory| directory.join(QEMU).is_file()) {
+            return Err(RunError::NoQemu);
+        }
         let image = self.image().map_err(host("keep the lab's file system in memory"))?;
         let pairs = || -> io::Result<[(UnixStream, UnixStream); 4]> {
             Ok([UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?, UnixStream::pair()?])

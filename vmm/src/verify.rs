@@ -173,7 +173,7 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
         check_identity(life, report, &mut add);
         // After a kexec there was no reset of it.
         if expectations.kvm != KvmKind::Software && life.cause != Cause::Kexec {
-            check_tsc(report, &mut add);
+            check_tsc(life, report, &mut add);
         }
         pmu::check(expectations.pmu, life.life, report, &mut add);
         check_nmis(life, report, &mut add);
@@ -204,13 +204,22 @@ fn check_identity(life: &Life, report: &Report, add: &mut Add) {
     }
 }
 
-fn check_tsc(report: &Report, add: &mut Add) {
-    /// Far more than any start of a vCPU takes, far less than a machine lives.
-    const LIMIT_MS: u64 = 5000;
-    let (entry, khz) = (report.timings.tsc_entry, u64::from(report.timings.tsc_khz));
+/// The counter was set to zero after the cause of the reset, and runs with the host's time: when the agent was ready it cannot
+/// have shown more than the host has waited for the greeting, however busy either was.
+fn check_tsc(life: &Life, report: &Report, add: &mut Add) {
+    /// Far more than the frequency can be wrong by.
+    const SLACK_MS: u64 = 1000;
+    let (ready, khz) = (report.timings.tsc_ready, u64::from(report.timings.tsc_khz));
     // Without a frequency the counter cannot be read as a time.
-    if khz > 0 && entry / khz > LIMIT_MS {
-        add("tsc-not-reset", format!("the time stamp counter stood at {entry} at the entry point"));
+    let (Some(ready_ms), Some(hello_us)) = (ready.checked_div(khz), life.hello_us) else { return };
+    if ready_ms > hello_us / 1000 + SLACK_MS {
+        add(
+            "tsc-not-reset",
+            format!(
+                "the time stamp counter stood at {ready} when the agent was ready, {ready_ms} ms, though the life was {} ms old",
+                hello_us / 1000
+            ),
+        );
     }
 }
 

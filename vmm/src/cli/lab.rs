@@ -79,6 +79,10 @@ pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
     if let Some(parent) = arguments.machine_of {
         return Err(lab::become_machine(parent, &arguments.command).into());
     }
+    if arguments.script.is_none() {
+        // What is wrong with it is said here and now.
+        super::check(&arguments.command)?;
+    }
     let work = match arguments.script {
         Some(path) => {
             Work::Script(fs::read_to_string(&path).map_err(|e| UsageError::Read(path, e))?)
