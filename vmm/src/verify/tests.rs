@@ -319,7 +319,7 @@ fn the_time_stamp_counter_is_not_judged_where_guests_see_the_hosts() {
     let mut judge = Judge::new(software);
     judge.hear(&late);
     assert_eq!(judge.findings(), []);
-    let names: Vec<_> = software.unchecked().iter().map(|(name, _)| *name).collect();
-    assert_eq!(names, ["tsc-not-reset", "msrs-kept"]);
+    let unchecked: Vec<_> = software.unchecked().iter().map(|(name, _)| *name).collect();
+    assert_eq!(unchecked, ["tsc-not-reset", "msrs-kept"]);
     assert_eq!(names(PmuPolicy::Off, &[late]), ["tsc-not-reset"]);
 }
