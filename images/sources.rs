@@ -4,7 +4,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 /// Files and directories in `guest-agent`.
-pub const SOURCES: [&str; 7] = [
+pub const SOURCES: [&str; 9] = [
+    "linux/src",
+    "linux/Cargo.toml",
     "unikernel/src",
     "unikernel/Cargo.toml",
     "unikernel/Cargo.lock",

@@ -35,6 +35,8 @@ mod guests;
 mod hostile;
 /// Every machine runs in a jail, and the jail is what it should be.
 mod jail;
+/// `cleanslate lab`, and in it our own agent on hardware virtualization.
+mod lab;
 /// Jailed launches leave nothing behind, whoever is killed.
 mod leftovers;
 /// Linux as a guest, in the lab.

@@ -8,7 +8,7 @@ use crate::counters::processor_is_amds;
 use crate::harness::{Outcome, run};
 
 /// Each fault, and what else a verdict says of it.
-const FAULTS: [(&str, &[&str]); 16] = [
+pub const FAULTS: [(&str, &[&str]); 16] = [
     ("pmu-not-reset", &["pmu-corrupted", "unknown-nmi"]),
     ("pmu-k7-only", &[]),
     ("globals-left", &[]),

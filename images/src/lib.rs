@@ -2,9 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+pub mod archive;
+mod cache;
+pub mod guest;
+pub mod kernel;
+pub mod lab;
+pub mod unpack;
+
 /// The guest agent: a static x86-64 ELF with a PVH entry note, to be loaded where its program headers say (from 1 MiB).
 /// build.rs builds it from `guest-agent/unikernel`.
 pub static AGENT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cleanslate-agent.elf"));
+
+/// The agent as the first process of a Linux guest: a static x86-64 program. build.rs builds it from `guest-agent/linux`.
+pub static LINUX_AGENT: &[u8] =
+    include_bytes!(concat!(env!("OUT_DIR"), "/cleanslate-linux-agent.elf"));
 
 #[cfg(test)]
 #[path = "../sources.rs"]

@@ -231,6 +231,18 @@ impl Agent {
         self.send(&Request::Reset(reset))
     }
 
+    /// Waits until the guest has hung up.
+    ///
+    /// # Errors
+    /// [`AgentError`] if it says something instead, such as that it refuses, or nothing in time.
+    pub fn await_end(&mut self) -> Result<(), AgentError> {
+        match self.reply() {
+            Err(AgentError::Closed) => Ok(()),
+            Err(error) => Err(error),
+            Ok(reply) => Err(unexpected(&reply)),
+        }
+    }
+
     fn ask(&mut self, request: &Request) -> Result<Reply, AgentError> {
         self.send(request)?;
         self.reply()

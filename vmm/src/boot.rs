@@ -9,11 +9,14 @@ mod linux64;
 mod pvh;
 
 use std::fs::File;
-use std::io::{self, Cursor, Seek};
+use std::io::{self, Cursor, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use images::guest::LinuxGuest;
+use images::kernel::KernelError;
 use linux_loader::loader::{self, KernelLoader};
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{self, Entry, VirtioSlot};
@@ -32,6 +35,8 @@ pub enum Payload {
         /// An initial RAM disk.
         initrd: Option<PathBuf>,
     },
+    /// A Linux whose first process is the agent.
+    Linux(LinuxGuest),
 }
 
 /// A payload whose files are open: what a confined process can load.
@@ -56,6 +61,11 @@ pub struct ImageFile {
 }
 
 impl Payload {
+    /// Whether an agent runs in it, in either personality.
+    pub fn has_agent(&self) -> bool {
+        matches!(self, Self::Agent(_) | Self::Linux(_))
+    }
+
     /// Opens the files. What is in them is looked at by [`load`] alone.
     ///
     /// # Errors
@@ -71,11 +81,35 @@ impl Payload {
                     None => None,
                 },
             }),
+            Self::Linux(guest) => {
+                let path = guest.kernel.path.clone();
+                Ok(Image::Kernel {
+                    kernel: match guest.unpacked_image()? {
+                        Some(bytes) => ImageFile::of(path, &bytes)?,
+                        None => ImageFile::open("kernel", &path)?,
+                    },
+                    initrd: Some(ImageFile::of("of the agent".into(), &guest.file_system()?)?),
+                })
+            }
         }
     }
 }
 
 impl ImageFile {
+    /// A file without a name that holds `bytes`.
+    fn of(path: PathBuf, bytes: &[u8]) -> Result<Self, BootError> {
+        let file = memfd_create("image", MemfdFlags::CLOEXEC).map(File::from);
+        let written = file.map_err(io::Error::from).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.rewind()?;
+            Ok(file)
+        });
+        match written {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(BootError::Keep { path, source }),
+        }
+    }
+
     /// Opens a regular file. A directory opens well and fails late, a FIFO blocks: neither is a kernel.
     fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
         let opened = std::fs::metadata(path).and_then(|metadata| match metadata.is_file() {
@@ -108,6 +142,17 @@ pub enum BootError {
     Read {
         /// `agent`, `kernel` or `initrd`.
         what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no kernel with modules, or it lacks one.
+    #[error(transparent)]
+    Linux(#[from] KernelError),
+    /// No memory for what was made of it.
+    #[error("keep {path:?} in memory")]
+    Keep {
         /// Its path.
         path: PathBuf,
         /// What the system said.

@@ -2,6 +2,7 @@
 
 mod agent;
 mod jail;
+mod lab;
 mod merge;
 mod probe;
 mod reports;
@@ -34,6 +35,7 @@ enum Command {
     Merge(merge::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
+    Lab(lab::Arguments),
 }
 
 /// A failure that ends the program with [`exit::USAGE_OR_HOST`].
@@ -66,7 +68,14 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
         Command::Merge(arguments) => merge::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),
+        Command::Lab(arguments) => lab::main(arguments),
     }
+}
+
+/// Says what is wrong with a command for this program in another place.
+fn check(words: &[String]) -> Result<(), Error> {
+    let program = [String::from("cleanslate")];
+    Arguments::try_parse_from(program.iter().chain(words)).map(|_| ()).map_err(in_one_line)
 }
 
 /// What clap says about wrong usage, without the usage itself, which `--help` shows. Help that was asked for ends the program.

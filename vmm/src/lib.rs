@@ -17,6 +17,7 @@ pub mod fuzzing;
 pub mod histogram;
 #[allow(unsafe_code)]
 pub mod kvm;
+pub mod lab;
 pub mod layout;
 pub mod lifecycle;
 pub mod machine;

@@ -211,7 +211,12 @@ impl Leader<'_> {
         let (state, ticks) = state?;
         record.look_ticks = Some(ticks);
         match &self.power_on {
-            Some(power_on) => record.residue = verify::compare(power_on, &self.poisoned, &state),
+            Some(power_on) => {
+                record.residue = verify::compare(power_on, &self.poisoned, &state);
+                if !self.machine.clears_hwcr() {
+                    verify::excuse(&mut record.residue, "msr.hwcr", verify::UNCLEARED_HWCR);
+                }
+            }
             None => self.power_on = Some(state),
         }
         Ok(())

@@ -165,6 +165,7 @@ enum VcpuStop {
 
 enum Command {
     Reset,
+    NewLife(Cause, Instant),
     Nmi(NmiVia),
     ResetTransport,
     Stop,
@@ -332,12 +333,18 @@ struct Host {
     info: HostInfo,
     kind: KvmKind,
     pmu_absence: PmuAbsence,
+    clears_hwcr: bool,
 }
 
 impl Handle {
     /// Resets the machine in place. [`Event::Reset`] follows.
     pub fn reset(&self) {
         self.send(Command::Reset);
+    }
+
+    /// Counts a life that the guest has begun by itself, at this moment, without a reset of the machine. [`Event::Reset`] follows.
+    pub fn note_new_life(&self, cause: Cause, at: Instant) {
+        self.send(Command::NewLife(cause, at));
     }
 
     /// Queues an NMI on the first vCPU. [`Event::Nmi`] follows.
@@ -420,6 +427,11 @@ impl Handle {
     /// What runs the guest.
     pub fn kvm_kind(&self) -> KvmKind {
         self.host.kind
+    }
+
+    /// Whether a reset clears HWCR here; only asked for machines that are looked at for residue.
+    pub fn clears_hwcr(&self) -> bool {
+        self.host.clears_hwcr
     }
 
     /// What made the guest's PMU absent.

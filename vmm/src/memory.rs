@@ -3,6 +3,7 @@
 //! A reset drops the private pages or, where the template is empty anyway, empties them, so the guest sees the template
 //! again and nothing of what it wrote can survive. This is one of the two modules that may be unsafe.
 
+mod image;
 mod pieces;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+use self::image::Image;
 pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
@@ -71,6 +73,9 @@ pub enum MemoryError {
     /// Mapping the part of the template that is not empty.
     #[error("map the image into guest memory")]
     Front(#[source] io::Error),
+    /// Copying what the template holds.
+    #[error("copy the image into guest memory")]
+    Copy(#[source] vm_memory::GuestMemoryError),
     /// Going back to the template.
     #[error("drop or empty the private pages of guest memory")]
     Restore(#[source] io::Error),
@@ -148,6 +153,8 @@ pub struct Memory {
     ram: GuestRam,
     /// What is in no file, in the order of the ranges.
     anonymous: Vec<Anonymous>,
+    /// What it begins with, where all of it is in no file.
+    image: Option<Image>,
 }
 
 /// Where the part of a range begins that is in no file, and where its pages become large ones; guest addresses.
@@ -168,7 +175,19 @@ impl Memory {
             let end = region.start_addr().0 + region.len();
             Anonymous { start: end, large: end }
         };
-        Ok(Self { anonymous: ram.iter().map(none).collect(), ram })
+        Ok(Self { anonymous: ram.iter().map(none).collect(), ram, image: None })
+    }
+
+    /// RAM that is in no file, with a copy of the template: all of it comes in large pages where the host has them. For guests
+    /// that use most of their image and their RAM, such as a Linux, for which KVM would have to be asked for each small page.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn map_copy(template: &Template) -> Result<Self, MemoryError> {
+        let image = Image::new(&template.file, template.bytes)?;
+        let empty = Self::map_front(template, 0, 0)?;
+        image.copy(&empty.ram, u64::MAX)?;
+        Ok(Self { image: Some(image), ..empty })
     }
 
     /// Maps the template privately as far as there is anything in it. RAM behind that comes from no file: what is only read
@@ -180,6 +199,11 @@ impl Memory {
     /// [`MemoryError::Map`] as for [`Memory::map`], [`MemoryError::Look`] or [`MemoryError::Front`].
     pub fn map_contents(template: &Template, large: u64) -> Result<Self, MemoryError> {
         let contents = contents_end(&template.file).map_err(MemoryError::Look)?;
+        Self::map_front(template, contents, large)
+    }
+
+    /// Maps `contents` bytes of the template, and RAM that is in no file behind that.
+    fn map_front(template: &Template, contents: u64, large: u64) -> Result<Self, MemoryError> {
         let (mut regions, mut anonymous) = (Vec::new(), Vec::new());
         let mut offset = 0;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -220,7 +244,7 @@ impl Memory {
             offset += len;
         }
         let ram = GuestRam::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(Self { ram, anonymous })
+        Ok(Self { ram, anonymous, image: None })
     }
 
     /// RAM as the devices see it.
@@ -275,7 +299,10 @@ impl Memory {
                 false => rest.drop_pages()?,
             }
         }
-        Ok(())
+        match &self.image {
+            Some(image) => image.copy(&self.ram, end),
+            None => Ok(()),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::schedule::Moment;
 use crate::words::plural;
 
 pub use pmu::ticks_to_overflow;
-pub use residue::{Outcome, Residue, compare};
+pub use residue::{Outcome, Residue, compare, excuse};
 
 /// One life of a machine, as host and agent saw it.
 #[derive(Clone, Debug, Serialize)]
@@ -107,17 +107,20 @@ pub struct Expectations {
     pub kvm: KvmKind,
     /// Which of the DMA audit's violations are findings.
     pub dma_audit: AuditMode,
+    /// Whether its KVM lets anybody clear HWCR ([`crate::kvm::state::clears_hwcr`]).
+    pub clears_hwcr: bool,
 }
+
+/// Why an item of the residue check proves nothing on some hosts.
+pub const UNCLEARED_HWCR: &str = "this KVM, like those before Linux 6.7, lets nobody clear the guest's HWCR (msr.hwcr): a reset leaves it";
 
 impl Expectations {
     /// What cannot be checked on this host, as (name of the finding, reason).
     pub fn unchecked(self) -> Vec<(&'static str, &'static str)> {
-        match self.kvm {
-            KvmKind::Software => {
-                vec![("tsc-not-reset", "a software KVM shows guests the host's time stamp counter")]
-            }
-            KvmKind::Svm | KvmKind::Vmx => Vec::new(),
-        }
+        let tsc = ("tsc-not-reset", "a software KVM shows guests the host's time stamp counter");
+        let hwcr = ("msrs-kept", UNCLEARED_HWCR);
+        let all = [(self.kvm == KvmKind::Software, tsc), (!self.clears_hwcr, hwcr)];
+        all.into_iter().filter_map(|(is_so, what)| is_so.then_some(what)).collect()
     }
 }
 
@@ -168,8 +171,9 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
     }
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
-        if expectations.kvm != KvmKind::Software {
-            check_tsc(report, &mut add);
+        // After a kexec there was no reset of it.
+        if expectations.kvm != KvmKind::Software && life.cause != Cause::Kexec {
+            check_tsc(life, report, &mut add);
         }
         pmu::check(expectations.pmu, life.life, report, &mut add);
         check_nmis(life, report, &mut add);
@@ -186,25 +190,36 @@ type Add<'a> = dyn FnMut(&'static str, String) + 'a;
 
 /// The guest must know which life it is in: anything else means that RAM or the clock was not reset.
 fn check_identity(life: &Life, report: &Report, add: &mut Add) {
-    if (report.life, report.cause) != (life.life, Some(life.cause)) {
+    if (report.life, report.cause) != (life.life, Some(life.cause.seen_by_machine())) {
         let cause = report.cause.map_or("none", Cause::name);
         add(
             "life-mismatch",
             format!(
                 "the agent is in life {} with cause {cause}, the host in {} with {}",
-                report.life, life.life, life.cause
+                report.life,
+                life.life,
+                life.cause.seen_by_machine()
             ),
         );
     }
 }
 
-fn check_tsc(report: &Report, add: &mut Add) {
-    /// Far more than any start of a vCPU takes, far less than a machine lives.
-    const LIMIT_MS: u64 = 5000;
-    let (entry, khz) = (report.timings.tsc_entry, u64::from(report.timings.tsc_khz));
+/// The counter was set to zero after the cause of the reset, and runs with the host's time: when the agent was ready it cannot
+/// have shown more than the host has waited for the greeting, however busy either was.
+fn check_tsc(life: &Life, report: &Report, add: &mut Add) {
+    /// Far more than the frequency can be wrong by.
+    const SLACK_MS: u64 = 1000;
+    let (ready, khz) = (report.timings.tsc_ready, u64::from(report.timings.tsc_khz));
     // Without a frequency the counter cannot be read as a time.
-    if khz > 0 && entry / khz > LIMIT_MS {
-        add("tsc-not-reset", format!("the time stamp counter stood at {entry} at the entry point"));
+    let (Some(ready_ms), Some(hello_us)) = (ready.checked_div(khz), life.hello_us) else { return };
+    if ready_ms > hello_us / 1000 + SLACK_MS {
+        add(
+            "tsc-not-reset",
+            format!(
+                "the time stamp counter stood at {ready} when the agent was ready, {ready_ms} ms, though the life was {} ms old",
+                hello_us / 1000
+            ),
+        );
     }
 }
 

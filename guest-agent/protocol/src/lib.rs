@@ -22,13 +22,13 @@ pub use message::{
 };
 pub use pattern::Pattern;
 pub use report::{
-    DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Report, Timings, VsockReport,
+    DmaReport, ExceptionRecord, LinuxReport, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid,
+    PmuReport, PmuStatus, Report, Timings, VsockReport,
 };
 pub use residue::{CheckTicks, Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;

@@ -171,6 +171,12 @@ pub enum GuestReset {
     Acpi,
     /// An exception with no way to deliver it.
     Triple,
+    /// Linux alone: the magic key `b`, which resets without a word to anybody (Documentation/admin-guide/sysrq.rst).
+    Sysrq,
+    /// Linux alone: a panic, after which the command line (`panic=-1`) has it reset at once.
+    Panic,
+    /// Linux alone: another kernel without a reset of the machine (kexec(8)).
+    Kexec,
 }
 
 /// Why a life of the machine began.
@@ -189,18 +195,35 @@ pub enum Cause {
     Acpi,
     /// See [`GuestReset::Triple`].
     Triple,
+    /// See [`GuestReset::Sysrq`].
+    Sysrq,
+    /// See [`GuestReset::Panic`].
+    Panic,
+    /// See [`GuestReset::Kexec`].
+    Kexec,
 }
 
 impl Cause {
     /// Every cause with the name that options, tables and JSON use.
-    pub const NAMES: [(Self, &'static str); 6] = [
+    pub const NAMES: [(Self, &'static str); 9] = [
         (Self::PowerOn, "power-on"),
         (Self::Host, "host"),
         (Self::I8042, "i8042"),
         (Self::Cf9, "cf9"),
         (Self::Acpi, "acpi"),
         (Self::Triple, "triple"),
+        (Self::Sysrq, "sysrq"),
+        (Self::Panic, "panic"),
+        (Self::Kexec, "kexec"),
     ];
+
+    /// What the machine sees of it: Linux's own ways to a reset end at the keyboard controller, where the agent sends them.
+    pub fn seen_by_machine(self) -> Self {
+        match self {
+            Self::Sysrq | Self::Panic => Self::I8042,
+            cause => cause,
+        }
+    }
 
     /// The name that options, tables, the guest's command line and JSON use.
     pub fn name(self) -> &'static str {
@@ -215,6 +238,9 @@ impl From<GuestReset> for Cause {
             GuestReset::Cf9 => Self::Cf9,
             GuestReset::Acpi => Self::Acpi,
             GuestReset::Triple => Self::Triple,
+            GuestReset::Sysrq => Self::Sysrq,
+            GuestReset::Panic => Self::Panic,
+            GuestReset::Kexec => Self::Kexec,
         }
     }
 }

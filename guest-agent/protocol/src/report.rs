@@ -30,6 +30,21 @@ pub struct Report {
     pub vsock: VsockReport,
     /// When things happened.
     pub timings: Timings,
+    /// What a Linux says of itself beyond that; only if the agent runs in one.
+    pub linux: Option<LinuxReport>,
+}
+
+/// What a Linux says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinuxReport {
+    /// Of the kernel, such as `6.1.0-48-cloud-amd64`.
+    pub release: String,
+    /// Bits of /proc/sys/kernel/tainted (Documentation/admin-guide/tainted-kernels.rst).
+    pub taint: u64,
+    /// Row `NMI` of /proc/interrupts: non-maskable interrupts of each processor.
+    pub nmis: Vec<u64>,
+    /// Row `PMI`: those that were overflows of performance counters.
+    pub pmis: Vec<u64>,
 }
 
 /// One line of the kernel log.

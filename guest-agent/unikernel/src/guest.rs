@@ -122,6 +122,7 @@ impl Agent {
             dma: dma::report(),
             vsock: self.vsock.clone(),
             timings,
+            linux: None,
         }
     }
 
@@ -209,6 +210,11 @@ impl Agent {
 
     /// Comes back only if the reset did not happen, and from a poisoned life not even then.
     fn reset(&mut self, reset: GuestReset) -> Reply {
+        if matches!(reset, GuestReset::Sysrq | GuestReset::Panic | GuestReset::Kexec) {
+            return Reply::Refused(format!(
+                "this is no Linux, which alone can do that ({reset:?})"
+            ));
+        }
         #[cfg(feature = "attacks")]
         crate::attacker::attack_devices(&self.params);
         if self.poisoned {
@@ -218,13 +224,15 @@ impl Agent {
                 (GuestReset::Cf9, _) => leave::by_port(0xcf9, 0x06),
                 (GuestReset::Triple, _) => leave::by_triple_fault(),
                 (GuestReset::Acpi, Some(PortWrite { port, value })) => leave::by_port(port, value),
-                (GuestReset::Acpi, None) => {}
+                (GuestReset::Acpi, None)
+                | (GuestReset::Sysrq | GuestReset::Panic | GuestReset::Kexec, _) => {}
             }
         }
         match reset {
             GuestReset::I8042 => port::write(0x64, 0xfe),
             GuestReset::Cf9 => port::write(0xcf9, 0x06),
             GuestReset::Triple => gate::triple_fault(),
+            GuestReset::Sysrq | GuestReset::Panic | GuestReset::Kexec => {}
             GuestReset::Acpi => match self.params.acpi_reset {
                 Some(PortWrite { port, value }) => port::write(port, value),
                 None => return Reply::Refused("no agent.acpi_reset= on the command line".into()),

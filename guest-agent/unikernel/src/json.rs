@@ -36,6 +36,7 @@ mod tests {
             dma: DmaReport::default(),
             vsock: VsockReport::default(),
             timings: Timings::default(),
+            linux: None,
         };
         let line = line(&report);
         assert!(!line.contains('\n'));

@@ -9,7 +9,8 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
-use clap::Args;
+use clap::{Args, ValueEnum};
+use images::guest::LinuxGuest;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use super::{Error, jail};
@@ -52,19 +53,24 @@ Examples:
   cleanslate run --resets 1000 --reset-via host --json
   cleanslate run --nmi 1
   cleanslate run --resets 1 --pmu emulated --inject pmu-not-reset
+  cleanslate run --guest linux --resets 5 --reset-via host,i8042,cf9,acpi,triple
   cleanslate run --kernel vmlinux --initrd initrd.img --cmdline 'console=ttyS0' --mem 512")]
 pub(super) struct Arguments {
     /// Reset the machine in place this many times
     #[arg(long, value_name = "N", default_value_t = 0)]
     resets: u32,
 
-    /// How to reset it, in turn: host, i8042, cf9, acpi, triple
-    #[arg(long, value_name = "CAUSES", value_delimiter = ',', default_value = "host,i8042,triple",
-          value_parser = parse_cause, conflicts_with = "kernel")]
+    /// What runs in the machine
+    #[arg(long, value_enum, value_name = "GUEST", default_value_t, conflicts_with = "agent")]
+    guest: Guest,
+
+    /// How to reset it, in turn: host, i8042, cf9, acpi, triple; with --guest linux also sysrq, panic, kexec [default:
+    /// host,i8042,triple]
+    #[arg(long, value_name = "CAUSES", value_delimiter = ',', value_parser = parse_cause)]
     reset_via: Vec<Cause>,
 
     /// Draw each reset from --reset-via and --moments at random instead; the same seed gives the same resets
-    #[arg(long, value_name = "N", conflicts_with = "kernel")]
+    #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
     /// In the middle of what: quiet, mid-transfer, mid-connect, nmi-pending, two-causes, mid-boot [default: all]
@@ -72,8 +78,7 @@ pub(super) struct Arguments {
     moments: Vec<Moment>,
 
     /// Inject this many NMIs into the first life; they must come out as a finding
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000),
-          conflicts_with = "kernel")]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
     nmi: u32,
 
     /// Performance counters of the guest
@@ -93,22 +98,23 @@ pub(super) struct Arguments {
     pmu_seed: Option<u64>,
 
     /// Give all state another value than it has after a reset before each one, and look at it first thing afterwards
-    #[arg(long, conflicts_with = "kernel")]
+    #[arg(long)]
     poison: bool,
 
     /// Leave out this step of each reset, to see that the verdict finds it; may be repeated
-    #[arg(long, value_enum, value_name = "FAULT", conflicts_with = "kernel")]
+    #[arg(long, value_enum, value_name = "FAULT")]
     inject: Vec<Fault>,
 
-    /// RAM in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    mem: u64,
+    /// RAM in MiB [default: 128, with --guest linux 256]
+    #[arg(long, value_name = "MIB")]
+    mem: Option<u64>,
 
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
 
-    /// Boot this kernel: an ELF with or without a PVH note, or a bzImage
+    /// Boot this kernel: an ELF with or without a PVH note, or a bzImage. With --guest linux its modules have to be installed
+    /// [there the default is the newest that is installed]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
@@ -117,7 +123,7 @@ pub(super) struct Arguments {
     agent: Option<PathBuf>,
 
     /// Initial RAM disk for the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "guest")]
     initrd: Option<PathBuf>,
 
     /// Add this to the end of the guest's command line
@@ -151,21 +157,20 @@ pub(super) struct Arguments {
     dma_audit: AuditMode,
 
     /// Keep the machine running after the verdict, until Ctrl-C; for clients of --uds
-    #[arg(long, requires = "uds", conflicts_with = "kernel")]
+    #[arg(long, requires = "uds")]
     hold: bool,
 
-    /// How long to wait for each answer of the agent, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400),
-          conflicts_with = "kernel")]
-    timeout: u64,
+    /// How long to wait for each answer of the agent, in seconds [default: 10, with --guest linux 120]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: Option<u64>,
 
     /// Print one JSON object instead of the table
-    #[arg(long, conflicts_with = "kernel")]
+    #[arg(long)]
     json: bool,
 
     /// Print a JSON object for each life in a line of its own, the verdict in the last one; with evidence only where something
     /// was found
-    #[arg(long, conflicts_with_all = ["kernel", "json"])]
+    #[arg(long, conflicts_with = "json")]
     json_lines: bool,
 
     /// Die with the process of this number, which has to be the parent
@@ -176,6 +181,16 @@ pub(super) struct Arguments {
     jail: jail::Arguments,
 }
 
+/// What runs in the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Guest {
+    /// The embedded agent, or with --kernel that kernel and no agent
+    #[default]
+    Unikernel,
+    /// An installed Linux, or the one of --kernel, with the agent as its first process
+    Linux,
+}
+
 /// Options that contradict each other in ways that clap cannot tell.
 #[derive(Debug, thiserror::Error)]
 enum UsageError {
@@ -183,6 +198,12 @@ enum UsageError {
     NotEmulated(&'static str),
     #[error("{0} shows after a reset: add --resets N")]
     NoReset(&'static str),
+    #[error("{0} takes an agent: with --kernel add --guest linux, or leave out --kernel")]
+    NoAgent(&'static str),
+    #[error("sysrq, panic and kexec are Linux's own: add --guest linux")]
+    NeedsLinux,
+    #[error("{0} is not for --guest linux: {1}")]
+    NotForLinux(&'static str, &'static str),
     #[error("--uds and --uds-seqpacket name the same socket, {0:?}")]
     SameSocket(PathBuf),
     #[error("--child-of {0} is not the number of the parent process")]
@@ -196,32 +217,59 @@ const CONSOLE_LINES: usize = 100;
 #[error("print the result")]
 pub(super) struct PrintError(#[source] pub(super) std::io::Error);
 
-pub(super) fn parse_cause(word: &str) -> Result<Cause, String> {
+/// A cause that any guest can be reset by.
+pub(super) fn parse_common_cause(word: &str) -> Result<Cause, String> {
+    let cause = parse_cause(word).ok().filter(|cause| !is_of_linux(*cause));
+    cause.ok_or_else(|| "known are host, i8042, cf9, acpi, triple".into())
+}
+
+fn parse_cause(word: &str) -> Result<Cause, String> {
     match word.parse() {
-        Ok(Cause::PowerOn) | Err(_) => Err("known are host, i8042, cf9, acpi, triple".into()),
+        Ok(Cause::PowerOn) | Err(_) => {
+            Err("known are host, i8042, cf9, acpi, triple; for Linux also sysrq, panic, kexec"
+                .into())
+        }
         Ok(cause) => Ok(cause),
     }
 }
 
+fn is_of_linux(cause: Cause) -> bool {
+    matches!(cause, Cause::Sysrq | Cause::Panic | Cause::Kexec)
+}
+
 impl Arguments {
     pub fn config(&self) -> Result<Config, Error> {
+        self.check_guest()?;
         if let Some(path) = &self.uds
             && self.uds_seqpacket.as_ref() == Some(path)
         {
             return Err(UsageError::SameSocket(path.clone()).into());
         }
-        let (payload, reset_policy, console) = match &self.kernel {
-            Some(kernel) => (
+        let (payload, reset_policy, console) = match (&self.kernel, self.guest) {
+            (kernel, Guest::Linux) => (
+                Payload::Linux(LinuxGuest::new(
+                    kernel.as_deref(),
+                    self.reset_via.contains(&Cause::Kexec),
+                )?),
+                ResetPolicy::InPlace,
+                ConsoleOutput::Kept,
+            ),
+            (Some(kernel), Guest::Unikernel) => (
                 Payload::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() },
                 ResetPolicy::Limited(self.resets),
                 ConsoleOutput::Stdout,
             ),
-            None => (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept),
+            (None, Guest::Unikernel) => {
+                (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept)
+            }
         };
         Ok(Config {
             payload,
             command_line: self.cmdline.clone(),
-            mem_mib: self.mem,
+            mem_mib: self.mem.unwrap_or(match self.guest {
+                Guest::Unikernel => 128,
+                Guest::Linux => 256,
+            }),
             vcpus: self.vcpus,
             pmu: self.pmu,
             pmu_shape: self.pmu_shape()?,
@@ -241,8 +289,45 @@ impl Arguments {
         })
     }
 
+    /// Whether an agent runs in the machine.
+    fn has_agent(&self) -> bool {
+        self.kernel.is_none() || self.guest == Guest::Linux
+    }
+
+    fn check_guest(&self) -> Result<(), UsageError> {
+        let of_agents = [
+            ("--reset-via", !self.reset_via.is_empty()),
+            ("--seed", self.seed.is_some()),
+            ("--nmi", self.nmi > 0),
+            ("--poison", self.poison),
+            ("--inject", !self.inject.is_empty()),
+            ("--hold", self.hold),
+            ("--timeout", self.timeout.is_some()),
+            ("--json", self.json),
+            ("--json-lines", self.json_lines),
+        ];
+        let given = of_agents.iter().find(|(_, is_given)| *is_given);
+        match (given, self.guest) {
+            (Some((option, _)), _) if !self.has_agent() => Err(UsageError::NoAgent(option)),
+            (_, Guest::Linux) if self.seed.is_some() && self.reset_via.contains(&Cause::Kexec) => {
+                Err(UsageError::NotForLinux("kexec with --seed", "it comes in turn alone"))
+            }
+            (_, Guest::Unikernel) if self.reset_via.iter().any(|cause| is_of_linux(*cause)) => {
+                Err(UsageError::NeedsLinux)
+            }
+            (_, Guest::Linux) if self.poison => Err(UsageError::NotForLinux(
+                "--poison",
+                "its registers are not the agent's to poison",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     fn schedule(&self) -> Schedule {
-        let causes = self.reset_via.clone();
+        let causes = match self.reset_via.as_slice() {
+            [] => vec![Cause::Host, Cause::I8042, Cause::Triple],
+            causes => causes.to_vec(),
+        };
         match self.seed {
             None => Schedule::InTurn(causes),
             Some(seed) => {
@@ -320,7 +405,7 @@ fn lead(
 ) -> Result<u8, Error> {
     memory::warm_heap();
     let machine = machine::launch(config, resources, interrupts)?;
-    if arguments.kernel.is_some() {
+    if !arguments.has_agent() {
         return guest::follow(&machine, arguments.dma_audit);
     }
     let plan = Plan {
@@ -330,12 +415,16 @@ fn lead(
         poison: arguments.poison,
         arms_pmu: arguments.pmu != PmuPolicy::Off,
         late_nmi: config.faults.has(Fault::NmiAfterReset),
-        timeout: Duration::from_secs(arguments.timeout),
+        timeout: Duration::from_secs(arguments.timeout.unwrap_or(match arguments.guest {
+            Guest::Unikernel => 10,
+            Guest::Linux => 120,
+        })),
     };
     let expectations = Expectations {
         pmu: arguments.pmu,
         kvm: machine.kvm_kind(),
         dma_audit: arguments.dma_audit,
+        clears_hwcr: machine.clears_hwcr(),
     };
     let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {

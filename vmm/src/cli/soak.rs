@@ -12,7 +12,7 @@ use clap::{Args, Parser, ValueEnum};
 use jailer::Id;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::run::{self, parse_cause};
+use super::run::{self, parse_common_cause};
 use super::{Error, reports};
 use crate::device::virtio::audit::AuditMode;
 use crate::fault::Fault;
@@ -64,7 +64,7 @@ pub(super) struct Arguments {
 
     /// Causes to choose from: host, i8042, cf9, acpi, triple
     #[arg(long, value_name = "CAUSES", value_delimiter = ',', default_value = "host,i8042,cf9,acpi,triple",
-          value_parser = parse_cause)]
+          value_parser = parse_common_cause)]
     causes: Vec<Cause>,
 
     /// Moments to choose from: quiet, mid-transfer, mid-connect, nmi-pending, two-causes, mid-boot [default: all]

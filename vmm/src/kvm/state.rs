@@ -190,7 +190,10 @@ impl PowerOnState {
             // enabled for this process, so the state is no longer than the structure.
             unsafe { vcpu.set_xsave(&self.xsave) }
                 .map_err(KvmError::request("put back the extended state"))?;
-            vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
+            // A processor without XSAVE has none, and KVM then refuses to be given none.
+            if self.xcrs.nr_xcrs > 0 {
+                vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
+            }
         }
         if does(Fault::DebugregsKept) {
             vcpu.set_debug_regs(&self.debug_regs)
@@ -259,6 +262,28 @@ fn lapic_left(
         }
     }
     Ok(reset)
+}
+
+/// Whether this KVM gives up `McStatusWrEn` of a guest's HWCR again. Before Linux 6.7 it takes a write of 0 for nothing, so no
+/// reset but the end of the machine clears it. Tried on a vCPU that is made for that.
+///
+/// # Errors
+/// [`KvmError::Request`].
+pub fn clears_hwcr(kvm: &Kvm) -> Result<bool, KvmError> {
+    const HWCR: u32 = 0xc001_0015;
+    const MC_STATUS_WRITE_ENABLE: u64 = 1 << 18;
+    let request = KvmError::request;
+    let vm = kvm.create_vm().map_err(request("create a machine to try HWCR on"))?;
+    let vcpu = vm.create_vcpu(0).map_err(request("create a vCPU to try HWCR on"))?;
+    for value in [MC_STATUS_WRITE_ENABLE, 0] {
+        let msrs = Msrs::from_entries(&[entry(&(HWCR, value))])
+            .map_err(|_| KvmError::Capability("room for one MSR"))?;
+        if vcpu.set_msrs(&msrs).map_err(request("write HWCR"))? == 0 {
+            // What nobody can set nobody has to clear.
+            return Ok(true);
+        }
+    }
+    Ok(read_msrs(&vcpu, &[HWCR])?.first().is_none_or(|msr| msr.data == 0))
 }
 
 fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {

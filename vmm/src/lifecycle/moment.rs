@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_protocol::{AGENT_PORT, Cause, GuestReset, Pattern, Request, Transfer, frame};
 
@@ -58,6 +58,12 @@ impl Leader<'_> {
             None => self.machine.reset(),
             Some(kind) => agent.reset(kind).map_err(|e| self.explain(e, FailureKind::NoReset))?,
         }
+        if cause == Cause::Kexec {
+            // The machine knows nothing of it but that its devices are begun with anew.
+            let at = Instant::now();
+            agent.await_end().map_err(|error| self.explain(error, FailureKind::NoReset))?;
+            self.machine.note_new_life(cause, at);
+        }
         self.trace.note(|| format!("reset by {cause} asked for"));
         let beginning = match moment {
             Moment::TwoCauses => self.reset_as_well(cause, delay),
@@ -100,7 +106,9 @@ impl Leader<'_> {
         if !delay.is_zero() {
             match self.next_event(delay) {
                 None => {}
-                Some(Event::Reset { cause, .. }) if cause == first => first_came = true,
+                Some(Event::Reset { cause, .. }) if cause == first.seen_by_machine() => {
+                    first_came = true;
+                }
                 Some(event) => return Err(self.unexpected(event)),
             }
         }
@@ -209,10 +217,12 @@ impl Leader<'_> {
         let mut first_may_come = first != last;
         loop {
             match self.next_event(self.plan.timeout) {
-                Some(Event::Reset { life, cause, at }) if cause == last => {
-                    return Ok(Beginning { life, cause, moment: Some(moment), at });
+                Some(Event::Reset { life, cause, at }) if cause == last.seen_by_machine() => {
+                    return Ok(Beginning { life, cause: last, moment: Some(moment), at });
                 }
-                Some(Event::Reset { cause, .. }) if cause == first && first_may_come => {
+                Some(Event::Reset { cause, .. })
+                    if cause == first.seen_by_machine() && first_may_come =>
+                {
                     first_may_come = false;
                 }
                 // Its order came before the reset's, so this does too.
@@ -280,5 +290,8 @@ fn guest_reset(cause: Cause) -> Option<GuestReset> {
         Cause::Cf9 => Some(GuestReset::Cf9),
         Cause::Acpi => Some(GuestReset::Acpi),
         Cause::Triple => Some(GuestReset::Triple),
+        Cause::Sysrq => Some(GuestReset::Sysrq),
+        Cause::Panic => Some(GuestReset::Panic),
+        Cause::Kexec => Some(GuestReset::Kexec),
     }
 }

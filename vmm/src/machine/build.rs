@@ -30,6 +30,7 @@ use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
 use crate::device::vsock::{GuestCid, Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
 use crate::kvm::pmu::{self, PmuPolicy};
+use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Kvm, cpuid};
@@ -55,6 +56,7 @@ pub fn launch(
     // This thread sleeps now and then while KVM builds the machine; that one uses the time.
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    config.check_kvm(kind)?;
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
@@ -95,8 +97,12 @@ pub fn launch(
             .map_err(MachineError::host("start a vCPU thread"))?;
         vcpus.push((thread, power_on));
     }
-    let host =
-        Host { info: HostInfo::new(&kvm, kind, module), kind, pmu_absence: vm.pmu_absence() };
+    let host = Host {
+        info: HostInfo::new(&kvm, kind, module),
+        kind,
+        pmu_absence: vm.pmu_absence(),
+        clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
+    };
     let (events_out, events) = channel();
     let machine = Machine {
         vcpus,
@@ -183,6 +189,7 @@ fn build_vm(
     let memory = match config.payload {
         Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Memory::map(&template)?,
+        Payload::Linux(_) => Memory::map_copy(&template)?,
     };
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })

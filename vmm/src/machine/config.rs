@@ -12,6 +12,7 @@ use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
 use crate::device::virtio::audit::AuditMode;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
+use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vm::max_vcpus;
 use crate::layout::{self, VirtioSlot};
@@ -23,6 +24,10 @@ pub const GUEST_CID: u64 = 3;
 const MIN_MEM_MIB: u64 = 4;
 /// Largest RAM, in MiB (512 GiB).
 const MAX_MEM_MIB: u64 = 512 * 1024;
+
+/// What a Linux guest is told: to say little, since each letter on the console costs it an exit; to reset when it panics; and
+/// not to look for a keyboard behind a controller that has none.
+const LINUX_WORDS: &str = "console=ttyS0 quiet panic=-1 initcall_blacklist=i8042_init";
 
 /// The most disks: one slot is for vsock, one for rng.
 pub const MOST_DISKS: usize = layout::VIRTIO_SLOTS - 2;
@@ -86,6 +91,12 @@ pub enum ConfigError {
     /// Too many disks.
     #[error("--disk is given {0} times; a machine has {MOST_DISKS} disks at most")]
     Disks(usize),
+    /// A Linux where only our own agent can run.
+    #[error(
+        "this KVM has no hardware virtualization, and its emulator lacks instructions that Linux uses: use `cleanslate lab -- \
+         run --guest linux`, or another host"
+    )]
+    SoftwareKvm,
     /// No or too many vCPUs.
     #[error(
         "--vcpus {wanted} is not between 1 and {max}, the most that this KVM gives one machine"
@@ -128,7 +139,10 @@ impl Config {
         for VirtioSlot { base, pin } in self.virtio_slots() {
             words.push(format!("virtio_mmio.device=4K@{base:#x}:{pin}"));
         }
-        if matches!(self.payload, Payload::Agent(_)) {
+        if let Payload::Linux(_) = self.payload {
+            words.push(LINUX_WORDS.into());
+        }
+        if self.payload.has_agent() {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);
             words.push(format!("agent.acpi_reset={reset:#x}:{ACPI_RESET_VALUE:#x}"));
             words.push(format!("agent.acpi_poweroff={power_off:#x}:{ACPI_POWER_OFF:#x}"));
@@ -138,6 +152,14 @@ impl Config {
             words.push(self.command_line.clone());
         }
         words.join(" ")
+    }
+
+    /// Refuses a Linux that could not boot.
+    pub(super) fn check_kvm(&self, kind: KvmKind) -> Result<(), ConfigError> {
+        match (&self.payload, kind) {
+            (Payload::Linux(_), KvmKind::Software) => Err(ConfigError::SoftwareKvm),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses more disks than there are slots for.

@@ -205,6 +205,10 @@ impl Machine {
             let stop = match message {
                 Message::VcpuStopped(at, stop) => self.handle_vcpu_stop(at, stop),
                 Message::Command(Command::Reset) => self.reset_or_stop(Cause::Host, Instant::now()),
+                Message::Command(Command::NewLife(cause, at)) => {
+                    self.begin_life(cause, at);
+                    None
+                }
                 Message::Command(Command::Nmi(via)) => {
                     // There is a first vCPU: the configuration asks for one at least.
                     let outcome = self.vcpus[0].0.inject_nmi(via);

@@ -6,7 +6,7 @@ use agent_protocol::Cause;
 
 use super::pmu::VcpuPmu;
 use super::{Devices, Event, Machine, MachineError};
-use crate::boot::{self, Payload};
+use crate::boot;
 use crate::bus::lock;
 use crate::device::virtio::audit::DmaAudit;
 use crate::device::vsock::{EVENT_QUEUE, TRANSPORT_RESET};
@@ -52,16 +52,26 @@ impl Machine {
         }
         // 5. A new life, which may know its number and its cause.
         self.life += 1;
-        self.rested = false;
-        self.devices.audit.iter().for_each(DmaAudit::begin_life);
-        if matches!(self.config.payload, Payload::Agent(_)) {
+        if self.config.payload.has_agent() {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
         }
         self.run_vcpus();
+        self.tell_of_life(cause, at);
+        Ok(())
+    }
+
+    /// Counts a life that the guest has begun by itself.
+    pub(super) fn begin_life(&mut self, cause: Cause, at: Instant) {
+        self.life += 1;
+        self.tell_of_life(cause, at);
+    }
+
+    fn tell_of_life(&mut self, cause: Cause, at: Instant) {
+        self.rested = false;
+        self.devices.audit.iter().for_each(DmaAudit::begin_life);
         // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
         let _ = self.events.send(Event::Reset { life: self.life, cause, at });
-        Ok(())
     }
 
     /// Stops all vCPUs: asks all, then waits for each.

@@ -70,6 +70,31 @@ fn ram_without_file_is_empty_and_a_restore_empties_it_again() {
     }
 }
 
+#[test]
+fn a_copy_of_the_template_comes_back_whole_whatever_became_of_it() {
+    const MIB: u64 = 1 << 20;
+    let load = |ram: &GuestRam| -> Result<(), MemoryError> {
+        ram.write_slice(b"kern", GuestAddress(0x1000)).unwrap();
+        ram.write_slice(b"init", GuestAddress(3 * MIB - 2)).unwrap();
+        Ok(())
+    };
+    let template = Template::build(4 * MIB, load).unwrap().0;
+    let mut memory = Memory::map_copy(&template).unwrap();
+    let places = [0, 0x1000, 0x2000, 2 * MIB, 3 * MIB - 2, 4 * MIB - 4];
+    for _ in 0..2 {
+        let found = places.map(|address| read(&memory, address));
+        let expected = [[0; 4], *b"kern", [0; 4], [0; 4], *b"init", [0; 4]];
+        assert_eq!(found, expected);
+        for address in places {
+            memory.ram().write_slice(b"leak", GuestAddress(address)).unwrap();
+        }
+        memory.restore_below(3 * MIB - 4096).unwrap();
+        assert_eq!(read(&memory, 0x1000), *b"kern");
+        assert_eq!((read(&memory, 2 * MIB), read(&memory, 3 * MIB - 2)), ([0; 4], *b"leak"));
+        memory.restore().unwrap();
+    }
+}
+
 /// All that is in no file.
 fn anonymous(memory: &Memory) -> Part<'_> {
     let region = memory.ram().iter().next().unwrap();
