@@ -9,7 +9,6 @@ use std::thread;
 use agent_protocol::{AGENT_PORT, Reply, Request, frame};
 
 use crate::harness::client::{ask, connect, greeted};
-use crate::harness::eventually;
 use crate::harness::held::Held;
 use crate::harness::holdings::Holdings;
 
@@ -32,21 +31,6 @@ impl Bystander {
         assert!(ask(&mut self.stream, &Request::Echo(bytes.clone())) == Reply::Echo(bytes));
         assert_eq!(ask(&mut self.stream, &Request::Ping(self.asked)), Reply::Pong(self.asked));
     }
-}
-
-/// Fails unless the machine comes to hold no more than `before`: memory within what an allocator keeps for later.
-#[track_caller]
-fn holds_no_more(machine: &Held, before: Holdings) {
-    const SLACK_KIB: u64 = 256;
-    // The device's interrupt gets its eventfd when it is raised first: in an agent that was never idle, that is later.
-    const INTERRUPTS: usize = 1;
-    let process = machine.process();
-    eventually("descriptors are let go of", || {
-        Holdings::of(process).descriptors <= before.descriptors + INTERRUPTS
-    });
-    let now = Holdings::of(process);
-    assert_eq!(now.threads, before.threads);
-    assert!(now.resident_kib <= before.resident_kib + SLACK_KIB, "{before:?} became {now:?}");
 }
 
 /// Writes as much of `bytes` as the other side takes.
@@ -89,7 +73,7 @@ fn bytes_that_are_no_line_close_the_client() {
         assert_eq!(answer, b"", "{name}");
         bystander.is_served();
     }
-    holds_no_more(&machine, before);
+    before.expect_no_more(machine.process());
     machine.end();
 }
 
@@ -114,7 +98,7 @@ fn half_lines_keep_nobody_out() {
         bystander.is_served();
     }
     drop(silent);
-    holds_no_more(&machine, before);
+    before.expect_no_more(machine.process());
     machine.end();
 }
 
@@ -141,7 +125,7 @@ fn floods_of_clients_that_vanish_leave_nothing() {
         flood();
         bystander.is_served();
     }
-    holds_no_more(&machine, before);
+    before.expect_no_more(machine.process());
     machine.end();
 }
 
@@ -194,7 +178,7 @@ fn clients_that_vanish_in_the_middle_of_a_transfer_leave_nothing() {
     round(16);
     let before = Holdings::of(machine.process());
     round(120);
-    holds_no_more(&machine, before);
+    before.expect_no_more(machine.process());
     machine.end();
 }
 
@@ -230,6 +214,6 @@ fn clients_that_never_read_stall_nobody() {
     assert!(late.read(&mut [0]).unwrap() == 1);
     drop((deaf, late));
     bystander.is_served();
-    holds_no_more(&machine, before);
+    before.expect_no_more(machine.process());
     machine.end();
 }

@@ -7,6 +7,8 @@ mod chains;
 mod packets;
 mod registers;
 
+use core::ops::Range;
+
 pub use packets::Noise;
 
 /// What the command line orders.
@@ -33,9 +35,25 @@ impl Orders {
 
     /// The bad packets, if there are to be any.
     pub fn noise(&self, life: u32, guest_cid: u64) -> Option<Noise> {
-        (self.packets > 0)
-            .then(|| Noise::new(Random::new(self.seed, life), guest_cid, self.packets))
+        (self.packets > 0).then(|| {
+            Noise::new(Random::new(self.seed, life), guest_cid, noise_ports(life), self.packets)
+        })
     }
+
+    /// Whether the bad packets of this life ask the host for packets to this port of the guest. Other attacks have rings of their
+    /// own, which the agent does not read, and end with their life: what comes of those is stale.
+    pub fn ask_for_packets_to(&self, guest_port: u32, life: u32) -> bool {
+        self.packets > 0 && noise_ports(life).contains(&guest_port)
+    }
+}
+
+/// The ports from which bad packets come, below all that the agent and other attacks use: the next life's are others.
+fn noise_ports(life: u32) -> Range<u32> {
+    const FIRST: u32 = 100;
+    const EACH: u32 = 4;
+    const LIVES: u32 = 128;
+    let first = FIRST + life % LIVES * EACH;
+    first..first + EACH
 }
 
 /// Random numbers that are the same for the same seed (SplitMix64).
@@ -94,7 +112,7 @@ pub trait Victim {
     fn arena(&self) -> u64;
 
     /// RAM that nobody uses, and where it ends, there is no more: devices may write there what they like.
-    fn free_ram(&self) -> core::ops::Range<u64>;
+    fn free_ram(&self) -> Range<u64>;
 }
 
 /// Bytes of the arena: rings of [`QUEUES`] queues, and buffers.

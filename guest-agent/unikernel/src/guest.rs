@@ -304,11 +304,13 @@ impl Answer for Agent {
         tsc::now().wrapping_sub(self.timings.tsc_entry) / u64::from(khz.div_ceil(1000))
     }
 
-    fn note_stale(&mut self, packet: String) {
-        if cfg!(feature = "attacks") {
-            // An attacker asks for such answers.
+    fn note_stale(&mut self, guest_port: u32, packet: String) {
+        #[cfg(feature = "attacks")]
+        if self.params.attack.ask_for_packets_to(guest_port, self.params.life) {
             return;
         }
+        #[cfg(not(feature = "attacks"))]
+        let _ = guest_port;
         self.vsock.stale_packets += 1;
         if self.vsock.first.len() < MAX_STALE_TEXTS {
             self.vsock.first.push(packet);

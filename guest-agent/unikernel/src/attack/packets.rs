@@ -1,6 +1,8 @@
 //! Attacks by vsock packets (virtio 1.2, section 5.10.6): every operation with wrong addresses, types and lengths, lies about
 //! credit, floods.
 
+use core::ops::Range;
+
 use super::registers::QUEUE_NOTIFY;
 use super::{
     BUFFER_BYTES, BUFFERS, Random, Victim, announce, descriptor_at, offer, put_descriptor,
@@ -87,15 +89,16 @@ impl Header {
 pub struct Noise {
     random: Random,
     guest_cid: u64,
+    guest_ports: Range<u32>,
     /// How many follow each of the agent's packets.
     each: u32,
     left: u32,
 }
 
 impl Noise {
-    /// So many bad packets after each good one.
-    pub fn new(random: Random, guest_cid: u64, each: u32) -> Self {
-        Self { random, guest_cid, each, left: 0 }
+    /// So many bad packets after each good one, from these ports.
+    pub fn new(random: Random, guest_cid: u64, guest_ports: Range<u32>, each: u32) -> Self {
+        Self { random, guest_cid, guest_ports, each, left: 0 }
     }
 
     /// Writes the next packet into `buffer`, a bad one or one that `good` writes, and returns its length; `None` if there is none.
@@ -111,8 +114,7 @@ impl Noise {
         }
         self.left -= 1;
         let random = &mut self.random;
-        // Below the agent's own port.
-        let guest_port = 100 + random.below(4);
+        let guest_port = self.guest_ports.start + random.below(self.guest_ports.len() as u32);
         let header = Header {
             len: random.below(SLOT),
             flags: random.below(4),

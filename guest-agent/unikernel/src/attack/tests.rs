@@ -78,7 +78,8 @@ fn what_devices_are_told_to_write_to_is_nobodys() {
 
 #[test]
 fn noise_is_of_no_connection_of_the_agents_and_leaves_it_its_turn() {
-    let mut noise = Noise::new(Random::new(3, 1), 3, 5);
+    let orders = Orders { seed: 3, packets: 5, ..Orders::default() };
+    let mut noise = orders.noise(1, 3).unwrap();
     let mut buffer = [0; 4096];
     assert_eq!(
         noise.among(&mut buffer, |_| None),
@@ -91,7 +92,12 @@ fn noise_is_of_no_connection_of_the_agents_and_leaves_it_its_turn() {
             let len = noise.among(&mut buffer, |_| Some(7)).unwrap();
             assert!((HEADER_LEN..HEADER_LEN + 128).contains(&len));
             let port = u32::from_le_bytes(buffer[16..20].try_into().unwrap());
-            assert!(port < 1000, "{port}");
+            assert!(port < 700, "{port}");
+            // Only what answers these is no sign of a life before.
+            assert!(orders.ask_for_packets_to(port, 1), "{port}");
+            assert!(!orders.ask_for_packets_to(port, 2) && !orders.ask_for_packets_to(port, 0));
         }
     }
+    assert!(!orders.ask_for_packets_to(5005, 1) && !orders.ask_for_packets_to(700, 1));
+    assert!((0..1000).all(|port| !Orders::default().ask_for_packets_to(port, 1)));
 }

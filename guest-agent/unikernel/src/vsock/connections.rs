@@ -108,7 +108,10 @@ impl Connections {
             None => {
                 if !self.closed.contains(&ports) {
                     let Ports { guest, host } = ports;
-                    agent.note_stale(format!("{:?} from {host} to {guest}", header.operation));
+                    agent.note_stale(
+                        guest,
+                        format!("{:?} from {host} to {guest}", header.operation),
+                    );
                 }
                 // A last word needs no answer.
                 if header.operation != Operation::Rst {

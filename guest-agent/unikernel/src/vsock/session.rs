@@ -22,8 +22,8 @@ pub trait Answer {
     /// Notes an event of the transport.
     fn note_event(&mut self) {}
 
-    /// Notes a packet for a connection that this life never had.
-    fn note_stale(&mut self, packet: String);
+    /// Notes a packet to this port for a connection that this life never had.
+    fn note_stale(&mut self, guest_port: u32, packet: String);
 
     /// Logs that the host misbehaved.
     fn warn(&mut self, text: String);

@@ -39,7 +39,7 @@ impl Answer for FakeAgent {
         self.now_us
     }
 
-    fn note_stale(&mut self, packet: String) {
+    fn note_stale(&mut self, _guest_port: u32, packet: String) {
         self.stale.push(packet);
     }
 
