@@ -80,6 +80,12 @@ fn a_machine_of_its_own_passes_every_check() {
 }
 
 #[test]
+fn all_checks_pass_with_as_many_bytes_as_users_get() {
+    let few = ["probe", "--count", "1", "--connections", "16"];
+    run(&[&few[..], &["--json"]].concat()).expect_status(0);
+}
+
+#[test]
 fn a_machine_that_runs_already_is_probed_by_its_socket() {
     let machine = Held::start();
     let path = machine.path.to_str().unwrap();

@@ -3,7 +3,9 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use agent_protocol::{AGENT_PORT, Hello, PROTOCOL_VERSION, Reply, Request, frame};
+use agent_protocol::{
+    AGENT_PORT, Hello, PROTOCOL_VERSION, Pattern, Reply, Request, Transfer, frame,
+};
 
 use crate::harness::client::{ask, connect, receive};
 use crate::harness::held::Held;
@@ -175,7 +177,58 @@ fn a_client_that_stops_reading_costs_nothing_and_is_served_when_it_reads_again()
     let bytes = frame::encode(&request).unwrap();
     let writes =
         std::thread::spawn(move || (0..REQUESTS).for_each(|_| writer.write_all(&bytes).unwrap()));
-    // Everything is full once the machine does nothing any more: two looks a moment apart see the same processor time.
+    // Everything is full then.
+    await_idle(&machine);
+    for _ in 0..REQUESTS {
+        let Reply::Echo(bytes) = receive(&mut stream) else { panic!("not an echo") };
+        assert!(Request::Echo(bytes) == request, "the bytes changed");
+    }
+    writes.join().unwrap();
+    machine.end();
+}
+
+/// More than the agent could hold of all, had they not to wait: it has told each that it takes a lot.
+#[test]
+fn clients_that_send_all_they_may_at_once_are_all_served() {
+    const CLIENTS: usize = 16;
+    const REQUESTS: usize = 12;
+    let machine = Held::start();
+    let mut streams = Vec::new();
+    for _ in 0..CLIENTS {
+        let (mut stream, _) = connect(&machine.path, AGENT_PORT);
+        receive::<Hello>(&mut stream);
+        let transfer = Transfer { to_host: 0, message: 1, to_guest: 1 << 20, seed: 1 };
+        let mut bytes = vec![0; 1 << 20];
+        Pattern::to_guest(1).fill(&mut bytes);
+        stream.get_mut().write_all(&frame::encode(&Request::Transfer(transfer)).unwrap()).unwrap();
+        stream.get_mut().write_all(&bytes).unwrap();
+        assert!(matches!(receive(&mut stream), Reply::Transferred(_)));
+        streams.push(stream);
+    }
+    let request = Request::Echo((0..128 * 1024).map(|i| (i % 251) as u8).collect());
+    let bytes = &frame::encode(&request).unwrap();
+    std::thread::scope(|scope| {
+        for stream in &streams {
+            let mut writer = stream.get_ref().try_clone().unwrap();
+            scope.spawn(move || (0..REQUESTS).for_each(|_| writer.write_all(bytes).unwrap()));
+        }
+        await_idle(&machine);
+        for mut stream in streams {
+            let request = &request;
+            scope.spawn(move || {
+                for _ in 0..REQUESTS {
+                    let Reply::Echo(bytes) = receive(&mut stream) else { panic!("not an echo") };
+                    assert!(Request::Echo(bytes) == *request, "the bytes changed");
+                }
+            });
+        }
+    });
+    machine.end();
+}
+
+/// Waits until the machine does nothing any more: two looks a moment apart see the same processor time.
+#[track_caller]
+fn await_idle(machine: &Held) {
     let stat = format!("/proc/{}/stat", machine.process());
     let ticks = || {
         let stat = std::fs::read_to_string(&stat).unwrap();
@@ -187,10 +240,4 @@ fn a_client_that_stops_reading_costs_nothing_and_is_served_when_it_reads_again()
         std::thread::sleep(std::time::Duration::from_millis(300));
         ticks() == before
     });
-    for _ in 0..REQUESTS {
-        let Reply::Echo(bytes) = receive(&mut stream) else { panic!("not an echo") };
-        assert!(Request::Echo(bytes) == request, "the bytes changed");
-    }
-    writes.join().unwrap();
-    machine.end();
 }

@@ -11,6 +11,8 @@ pub const PREFIX_LEN: usize = 4;
 /// The longest payload either side accepts, in bytes. A longer announcement is [`FrameError::TooLong`], so a
 /// peer can never make the other side reserve more than this.
 pub const MAX_PAYLOAD: usize = 256 * 1024;
+/// Largest frame in bytes.
+pub const MAX_FRAME: usize = PREFIX_LEN + MAX_PAYLOAD;
 
 /// Why bytes are not a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 mod connection;
 mod connections;
 mod credit;
+mod memory;
 #[cfg(feature = "fuzzing")]
 #[allow(missing_docs, reason = "public for its fuzzer alone")]
 pub mod packet;

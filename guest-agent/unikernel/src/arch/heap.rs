@@ -1,11 +1,11 @@
 //! The heap: a bounded piece of the image's zeroed memory. It has to hold what all connections together may hold
-//! (3 MiB) and one request being answered, with room for fragmentation.
+//! (5 MiB, by `vsock/memory.rs`) and one request being answered, with room for fragmentation.
 
 use core::mem::MaybeUninit;
 
 use linked_list_allocator::LockedHeap;
 
-const SIZE: usize = 6 << 20;
+const SIZE: usize = 7 << 20;
 
 #[global_allocator]
 static HEAP: LockedHeap = LockedHeap::empty();

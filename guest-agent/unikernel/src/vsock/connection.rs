@@ -7,6 +7,7 @@ use agent_protocol::Reply;
 use agent_protocol::frame::FrameError;
 
 use super::credit::Credit;
+use super::memory::Claims;
 use super::packet::{Header, Operation};
 use super::session::{Answer, Served, Session};
 
@@ -17,6 +18,9 @@ pub(super) const BOTH: u32 = NO_RECEIVE | NO_SEND;
 
 /// How long the host may take to confirm a shutdown.
 pub(super) const SHUTDOWN_TIMEOUT_US: u64 = 5_000_000;
+
+/// Bytes of a transfer that the host may send before it hears of credit again. They are looked at and are gone.
+pub(super) const TRANSFER_ALLOC: u32 = 1024 * 1024;
 
 /// The ports of a connection, by which packets find it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +69,9 @@ pub(super) struct Connection {
     phase: Phase,
     credit: Credit,
     session: Session,
+    share: u32,
+    /// Length of a request that may come in although it is longer than the share, or 0.
+    long_request: u32,
     update_wanted: bool,
     credit_requested: bool,
     /// Directions that the host has closed, that the agent wants closed, and that it has told the host of.
@@ -77,15 +84,19 @@ pub(super) struct Connection {
     pub asker: Option<Ports>,
     /// It stands in the queue of those that may have something to do.
     pub queued: bool,
+    /// It stands in that of those that wait for memory.
+    pub waits: bool,
 }
 
 impl Connection {
-    /// A connection that the agent asks for.
-    pub fn request(greeting: Vec<u8>, asker: Ports, deadline: u64) -> Self {
+    /// A connection that the agent asks for, with so much room for what the host sends.
+    pub fn request(greeting: Vec<u8>, asker: Ports, deadline: u64, share: u32) -> Self {
         Self {
             phase: Phase::Requesting { sent: false },
-            credit: Credit::new(),
+            credit: Credit::default(),
             session: Session::new(greeting),
+            share,
+            long_request: 0,
             update_wanted: false,
             credit_requested: false,
             host_closed: 0,
@@ -94,13 +105,14 @@ impl Connection {
             deadline: Some(deadline),
             asker: Some(asker),
             queued: false,
+            waits: false,
         }
     }
 
     /// A connection that the host asks for with `request`, and gets.
-    pub fn accept(greeting: Vec<u8>, request: &Header) -> Self {
+    pub fn accept(greeting: Vec<u8>, request: &Header, share: u32) -> Self {
         let ports = Ports { guest: request.destination_port, host: request.source_port };
-        let mut connection = Self::request(greeting, ports, 0);
+        let mut connection = Self::request(greeting, ports, 0, share);
         (connection.phase, connection.deadline, connection.asker) = (Phase::Accepting, None, None);
         // Nothing was sent yet. A host that says otherwise loses the connection with its next packet.
         let _ = connection.credit.update(request.buf_alloc, request.fwd_cnt);
@@ -117,9 +129,38 @@ impl Connection {
         self.told == BOTH
     }
 
-    /// Bytes of memory that the connection's data take.
-    pub fn held(&self) -> usize {
-        self.session.held()
+    /// Memory that the connection's data may take.
+    pub fn claims(&self) -> Claims {
+        Claims {
+            share: self.share as usize,
+            long_request: self.long_request as usize,
+            answer: self.session.answer(),
+        }
+    }
+
+    /// Claims memory for a request that is longer than the share, beside what `all` have. False if it has to wait for that.
+    pub fn claim(&mut self, all: &Claims) -> bool {
+        let Some(len) = self.session.next_request().filter(|_| !self.session.is_busy()) else {
+            return true;
+        };
+        let waiting = self.session.waiting();
+        // Whoever announced a long request may send no more of it for long.
+        let is_coming = waiting >= self.share as usize / 2 && waiting < len;
+        let is_long = len > self.share as usize && self.long_request == 0;
+        if is_long && is_coming && self.host_closed & NO_SEND == 0 {
+            if !all.has_room_for(len) {
+                return false;
+            }
+            // Frames have at most some KiB, so the length fits.
+            self.long_request = len as u32;
+        }
+        true
+    }
+
+    /// Bytes that may come in beyond what was forwarded.
+    fn room(&self) -> u32 {
+        let passing = self.session.passing().min(TRANSFER_ALLOC.into());
+        self.share + self.long_request + passing as u32
     }
 
     /// Takes a packet.
@@ -164,9 +205,17 @@ impl Connection {
         }
         // What was on its way when the agent stopped listening is dropped.
         let dropped = self.told & NO_RECEIVE != 0;
-        let taken = if dropped { len } else { self.session.receive(payload) };
-        self.credit.forward(taken);
+        if !dropped {
+            self.session.receive(payload, (self.share + self.long_request) as usize);
+        }
+        self.forward();
         Verdict::Fine
+    }
+
+    /// Whatever does not wait in the session needs no room any more.
+    fn forward(&mut self) {
+        // No more than there was credit for.
+        self.credit.keep(self.session.waiting() as u32);
     }
 
     fn receive_shutdown(&mut self, flags: u32) -> Verdict {
@@ -181,20 +230,21 @@ impl Connection {
         Verdict::Fine
     }
 
-    /// Carries out what has come in. `Nothing` means that it is for the host to go on.
+    /// Carries out what has come in, beside what `all` claim. `Nothing` means that it is for the host to go on.
     ///
     /// # Errors
     /// If the host's bytes can never become a request.
-    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<Served, FrameError> {
+    pub fn serve(&mut self, all: &Claims, agent: &mut impl Answer) -> Result<Served, FrameError> {
         if self.phase != Phase::Established {
             return Ok(Served::Nothing);
         }
-        let served = self.session.serve(agent)?;
+        let before = self.session.waiting();
+        let served = self.session.serve(all.has_room_for_answer(), agent)?;
+        if self.session.waiting() < before {
+            self.long_request = 0;
+            self.forward();
+        }
         match served {
-            Served::Transfer(here) => {
-                self.credit.grow();
-                self.credit.forward(here);
-            }
             Served::Shutdown { send, receive } => {
                 let flag = |wanted, flag| if wanted { flag } else { 0 };
                 self.close(flag(send, NO_SEND) | flag(receive, NO_RECEIVE), agent);
@@ -208,14 +258,8 @@ impl Connection {
                 self.close(BOTH, agent);
                 return Ok(Served::Something);
             }
-            // What is left begins a request that has not come in completely.
-            Served::Nothing if !self.session.is_busy() => {
-                self.credit.forward_all();
-                if self.has_news() {
-                    return Ok(Served::Something);
-                }
-            }
-            Served::Nothing | Served::Something | Served::Connect { .. } => {}
+            Served::Nothing if self.has_news() => return Ok(Served::Something),
+            Served::Nothing | Served::Waits | Served::Something | Served::Connect { .. } => {}
         }
         Ok(served)
     }
@@ -282,13 +326,13 @@ impl Connection {
 
     /// Whether the host should hear of its credit.
     fn has_news(&self) -> bool {
-        self.host_closed & NO_SEND == 0 && self.credit.should_announce()
+        self.host_closed & NO_SEND == 0 && self.credit.should_announce(self.room())
     }
 
     /// Every packet announces our credit.
     fn packet(&mut self, operation: Operation, len: u32, flags: u32) -> Outgoing {
         self.update_wanted = false;
-        let (buf_alloc, fwd_cnt) = self.credit.announce();
+        let (buf_alloc, fwd_cnt) = self.credit.announce(self.room());
         Outgoing { operation, len, flags, buf_alloc, fwd_cnt }
     }
 
@@ -296,6 +340,7 @@ impl Connection {
     #[cfg(test)]
     pub fn start_counters_at(&mut self, start: u32, buf_alloc: u32) {
         self.credit = Credit::starting_at(start);
+        self.credit.announce(self.share);
         self.credit.update(buf_alloc, start).unwrap();
     }
 }

@@ -4,9 +4,11 @@ use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
 use alloc::vec::Vec;
 
+use agent_protocol::frame::FrameError;
 use agent_protocol::{AGENT_PORT, ConnectError, Reply, frame};
 
 use super::connection::{Connection, Outgoing, Ports, Verdict};
+use super::memory::Claims;
 use super::packet::{HEADER_LEN, HOST_CID, Header, Operation, PacketError};
 use super::session::{Answer, Served};
 
@@ -14,8 +16,6 @@ use super::session::{Answer, Served};
 pub const MAX_CONNECTIONS: usize = 4096;
 /// Refusals waiting to be sent; more are forgotten, as if lost on the way.
 const MAX_REFUSALS: usize = 64;
-/// Bytes that all connections together may hold. A connection that needs more is closed, so the heap suffices.
-const MAX_HELD: usize = 3 << 20;
 /// Connections that are over, of which packets may still be on their way; more are forgotten.
 const MAX_CLOSED: usize = MAX_CONNECTIONS;
 /// Ports of the guest for connections that the agent opens. Each life begins at others, so that an answer to the life before
@@ -32,7 +32,9 @@ pub struct Connections {
     /// RST for those who have no connection.
     refusals: VecDeque<Ports>,
     closed: VecDeque<Ports>,
-    held: usize,
+    claims: Claims,
+    /// Connections that wait for memory which others have.
+    waiting: VecDeque<Ports>,
     next_port: u32,
     /// No deadline is earlier.
     earliest: Option<u64>,
@@ -48,7 +50,8 @@ impl Connections {
             ready: VecDeque::new(),
             refusals: VecDeque::new(),
             closed: VecDeque::new(),
-            held: 0,
+            claims: Claims::default(),
+            waiting: VecDeque::new(),
             next_port: FIRST_PORT + first,
             earliest: None,
         }
@@ -62,7 +65,8 @@ impl Connections {
         }
         self.ready.clear();
         self.refusals.clear();
-        (self.held, self.earliest) = (0, None);
+        self.waiting.clear();
+        (self.claims, self.earliest) = (Claims::default(), None);
     }
 
     /// Whether there are any.
@@ -128,13 +132,7 @@ impl Connections {
         payload: &[u8],
         agent: &mut impl Answer,
     ) {
-        let Some(connection) = self.table.get_mut(&ports) else { return };
-        let before = connection.held();
-        let verdict = match self.held + payload.len() <= MAX_HELD {
-            true => connection.receive(header, payload),
-            false => Verdict::Violation,
-        };
-        self.held = self.held - before + connection.held();
+        let Some(verdict) = self.change(ports, |_, it| it.receive(header, payload)) else { return };
         match verdict {
             Verdict::Fine => self.enqueue(ports),
             Verdict::Accepted => {
@@ -149,10 +147,8 @@ impl Connections {
             }
             Verdict::Closed => {
                 // A request that came in just before has not been served yet.
-                let before = connection.held();
-                let served = connection.serve_without_answers(agent);
-                self.held = self.held - before + connection.held();
-                if let Err(error) = served {
+                let served = self.change(ports, |_, it| it.serve_without_answers(agent));
+                if let Some(Err(error)) = served {
                     agent.warn(format!("vsock: {error}"));
                 }
                 self.close(ports);
@@ -169,7 +165,8 @@ impl Connections {
     fn accept(&mut self, ports: Ports, header: &Header, agent: &mut impl Answer) {
         match frame::encode(&agent.hello()) {
             Ok(greeting) if ports.guest == AGENT_PORT && header.len == 0 && !self.is_full() => {
-                self.insert(ports, Connection::accept(greeting, header));
+                let share = self.claims.next_share(self.table.len());
+                self.insert(ports, Connection::accept(greeting, header, share));
             }
             _ => self.refuse(ports),
         }
@@ -181,7 +178,8 @@ impl Connections {
             Ok(greeting) if !self.is_full() => {
                 let ports = self.free_ports(host);
                 let deadline = agent.now_us().saturating_add(timeout_us);
-                self.insert(ports, Connection::request(greeting, asker, deadline));
+                let share = self.claims.next_share(self.table.len());
+                self.insert(ports, Connection::request(greeting, asker, deadline, share));
             }
             _ => self.answer(asker, Err(ConnectError::TooMany)),
         }
@@ -217,10 +215,7 @@ impl Connections {
     }
 
     fn answer(&mut self, asker: Ports, outcome: Result<u32, ConnectError>) {
-        let Some(connection) = self.table.get_mut(&asker) else { return };
-        let before = connection.held();
-        connection.connected(&Reply::Connected(outcome));
-        self.held = self.held - before + connection.held();
+        self.change(asker, |_, it| it.connected(&Reply::Connected(outcome)));
         self.enqueue(asker);
     }
 
@@ -250,35 +245,41 @@ impl Connections {
                 return Some(HEADER_LEN);
             }
             let ports = *self.ready.front()?;
-            let Some(connection) = self.table.get_mut(&ports) else {
-                self.ready.pop_front();
-                continue;
-            };
-            let before = connection.held();
-            let outgoing = connection.next(payload);
-            let served = match outgoing {
-                Some(_) => Ok(Served::Something),
-                None => connection.serve(agent),
-            };
-            self.held = self.held - before + connection.held();
-            if let Some(outgoing) = outgoing {
-                if outgoing.operation == Operation::Rw {
-                    // Then it is the next one's turn.
-                    self.ready.rotate_left(1);
+            let step = self.change(ports, |claims, connection| {
+                let has_memory = connection.claim(claims);
+                match connection.next(payload) {
+                    Some(outgoing) => Step::Send(outgoing),
+                    None if has_memory => {
+                        Step::Served(connection.serve(claims, agent), connection.deadline)
+                    }
+                    None => Step::Served(Ok(Served::Waits), None),
                 }
-                self.header(ports, outgoing).write(header);
-                return Some(HEADER_LEN + outgoing.len as usize);
-            }
-            let deadline = connection.deadline;
-            match served {
-                Ok(Served::Nothing) => {
-                    connection.queued = false;
+            });
+            let (served, deadline) = match step {
+                Some(Step::Send(outgoing)) => {
+                    if outgoing.operation == Operation::Rw {
+                        // Then it is the next one's turn.
+                        self.ready.rotate_left(1);
+                    }
+                    self.header(ports, outgoing).write(header);
+                    return Some(HEADER_LEN + outgoing.len as usize);
+                }
+                Some(Step::Served(served, deadline)) => (served, deadline),
+                None => {
                     self.ready.pop_front();
+                    continue;
+                }
+            };
+            match served {
+                Ok(Served::Nothing) => self.dequeue(),
+                Ok(Served::Waits) => {
+                    self.dequeue();
+                    self.wait(ports);
                 }
                 Ok(Served::Connect { host_port, timeout_us }) => {
                     self.connect(ports, host_port, timeout_us, agent);
                 }
-                Ok(Served::Something | Served::Transfer(_) | Served::Shutdown { .. }) => {
+                Ok(Served::Something | Served::Shutdown { .. }) => {
                     self.note_deadline(deadline);
                 }
                 Err(error) => {
@@ -305,7 +306,7 @@ impl Connections {
     }
 
     fn insert(&mut self, ports: Ports, connection: Connection) {
-        self.held += connection.held();
+        self.claims.replace(Claims::default(), connection.claims());
         self.note_deadline(connection.deadline);
         self.table.insert(ports, connection);
         self.enqueue(ports);
@@ -313,7 +314,12 @@ impl Connections {
 
     fn remove(&mut self, ports: Ports) {
         if let Some(connection) = self.table.remove(&ports) {
-            self.held -= connection.held();
+            if self.claims.replace(connection.claims(), Claims::default()) {
+                self.stop_waiting();
+            }
+            if connection.waits {
+                self.waiting.retain(|waiting| *waiting != ports);
+            }
             if connection.queued {
                 self.ready.retain(|queued| *queued != ports);
             }
@@ -326,6 +332,48 @@ impl Connections {
         {
             connection.queued = true;
             self.ready.push_back(ports);
+        }
+    }
+
+    /// Takes the first of those that may have something to do from the queue.
+    fn dequeue(&mut self) {
+        let first = self.ready.pop_front();
+        if let Some(connection) = first.and_then(|ports| self.table.get_mut(&ports)) {
+            connection.queued = false;
+        }
+    }
+
+    /// Does something with a connection, told what all claim, and notes what it claims then.
+    fn change<T>(
+        &mut self,
+        ports: Ports,
+        change: impl FnOnce(&Claims, &mut Connection) -> T,
+    ) -> Option<T> {
+        let connection = self.table.get_mut(&ports)?;
+        let before = connection.claims();
+        let outcome = change(&self.claims, connection);
+        if self.claims.replace(before, connection.claims()) {
+            self.stop_waiting();
+        }
+        Some(outcome)
+    }
+
+    fn wait(&mut self, ports: Ports) {
+        if let Some(connection) = self.table.get_mut(&ports)
+            && !connection.waits
+        {
+            connection.waits = true;
+            self.waiting.push_back(ports);
+        }
+    }
+
+    /// There is memory again. Whoever finds too little waits on, and there are never more who wait than connections.
+    fn stop_waiting(&mut self) {
+        for ports in core::mem::take(&mut self.waiting) {
+            if let Some(connection) = self.table.get_mut(&ports) {
+                connection.waits = false;
+            }
+            self.enqueue(ports);
         }
     }
 
@@ -351,6 +399,13 @@ impl Connections {
             self.refusals.push_back(ports);
         }
     }
+}
+
+/// What a connection does when it is its turn.
+enum Step {
+    Send(Outgoing),
+    /// It has carried out what has come in, and has this deadline.
+    Served(Result<Served, FrameError>, Option<u64>),
 }
 
 const RST: Outgoing =

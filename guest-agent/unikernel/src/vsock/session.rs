@@ -34,10 +34,10 @@ pub trait Answer {
 pub(super) enum Served {
     /// Nothing can be done before something comes in or leaves.
     Nothing,
+    /// A request waits until there is room for a long answer.
+    Waits,
     /// A request was carried out.
     Something,
-    /// A transfer has begun; so many of its bytes were here already.
-    Transfer(u32),
     /// The host wants a connection to a port of its own.
     Connect { host_port: u32, timeout_us: u64 },
     /// The host wants directions closed, after the reply.
@@ -76,22 +76,31 @@ impl Session {
         }
     }
 
-    /// Takes payload. Returns how many of its bytes need no room any more.
-    pub fn receive(&mut self, payload: &[u8]) -> u32 {
+    /// Takes payload. No more than `room` bytes wait at the same time.
+    pub fn receive(&mut self, payload: &[u8], room: usize) {
         let taken = match &mut self.doing {
             Doing::Transfer(progress) => progress.take(payload),
             Doing::Requests | Doing::Connecting => 0,
         };
-        self.inbox.extend_from_slice(&payload[taken..]);
-        // Packets have at most some KiB, so the length fits.
-        taken as u32
+        let rest = &payload[taken..];
+        // Twice as much each time, and never more than can come.
+        let (len, needed) = (self.inbox.len(), self.inbox.len() + rest.len());
+        if needed > self.inbox.capacity() {
+            self.inbox.reserve_exact(needed.max(room.min(2 * len)) - len);
+        }
+        self.inbox.extend_from_slice(rest);
     }
 
-    /// Carries out the next request, unless something of the one before is still to be sent: then the host has to wait.
+    /// Carries out the next request, unless something of the one before is still to be sent: then the host has to wait. It also
+    /// has to if the answer may be long and there is not `room_for_long_answer`.
     ///
     /// # Errors
     /// If the bytes can never become a request; the connection is of no more use.
-    pub fn serve(&mut self, agent: &mut impl Answer) -> Result<Served, FrameError> {
+    pub fn serve(
+        &mut self,
+        room_for_long_answer: bool,
+        agent: &mut impl Answer,
+    ) -> Result<Served, FrameError> {
         if let Doing::Transfer(progress) = &self.doing
             && progress.is_over()
         {
@@ -104,6 +113,9 @@ impl Session {
             return Ok(Served::Nothing);
         }
         let Some((request, used)) = frame::decode(&self.inbox)? else { return Ok(Served::Nothing) };
+        if may_have_long_answer(&request) && !room_for_long_answer && !self.muted {
+            return Ok(Served::Waits);
+        }
         self.inbox.drain(..used);
         let served = match request {
             Request::Connect { host_port, timeout_ms } => {
@@ -121,7 +133,7 @@ impl Session {
                     progress.end_input();
                 }
                 self.doing = Doing::Transfer(progress);
-                Served::Transfer(here as u32)
+                Served::Something
             }
             Request::Shutdown { send, receive } => {
                 self.reply(&Reply::Done)?;
@@ -146,10 +158,10 @@ impl Session {
         self.mute();
         self.end_input();
         loop {
-            match self.serve(agent)? {
-                Served::Nothing => return Ok(()),
+            match self.serve(true, agent)? {
+                Served::Nothing | Served::Waits => return Ok(()),
                 Served::Connect { .. } => self.doing = Doing::Requests,
-                Served::Something | Served::Transfer(_) | Served::Shutdown { .. } => {}
+                Served::Something | Served::Shutdown { .. } => {}
             }
         }
     }
@@ -217,9 +229,27 @@ impl Session {
         !matches!(self.doing, Doing::Requests) || !self.outbox.is_empty()
     }
 
-    /// Bytes of memory that the session's data take, reserved ones included.
-    pub fn held(&self) -> usize {
-        self.inbox.capacity() + self.outbox.capacity()
+    /// Bytes that have come in and wait.
+    pub fn waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
+    /// The length of the request that comes in or has, if that is known. One that can never be a request is none.
+    pub fn next_request(&self) -> Option<usize> {
+        frame::total_len(&self.inbox).ok().flatten()
+    }
+
+    /// Bytes of memory that the answer takes which is not sent yet.
+    pub fn answer(&self) -> usize {
+        self.outbox.capacity()
+    }
+
+    /// Bytes from the host that belong to a transfer, and so will not wait.
+    pub fn passing(&self) -> u64 {
+        match &self.doing {
+            Doing::Transfer(progress) => progress.in_left(),
+            Doing::Requests | Doing::Connecting => 0,
+        }
     }
 
     fn reply(&mut self, reply: &Reply) -> Result<(), FrameError> {
@@ -227,5 +257,27 @@ impl Session {
             self.outbox = frame::encode(reply)?;
         }
         Ok(())
+    }
+}
+
+/// Longer than some hundred bytes.
+fn may_have_long_answer(request: &Request) -> bool {
+    match request {
+        Request::Echo(_)
+        | Request::GetReport
+        | Request::GetState
+        | Request::Poison
+        | Request::Disk { .. }
+        | Request::Random { .. } => true,
+        Request::Ping(_)
+        | Request::NmiSelfTest
+        | Request::Reset(_)
+        | Request::PowerOff
+        | Request::ArmPmu { .. }
+        | Request::Hold
+        | Request::AwaitNmi { .. }
+        | Request::Connect { .. }
+        | Request::Transfer(_)
+        | Request::Shutdown { .. } => false,
     }
 }

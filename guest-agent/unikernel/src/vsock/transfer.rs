@@ -55,6 +55,11 @@ impl Progress {
         self.out_left > 0
     }
 
+    /// Bytes that the host has not sent yet.
+    pub fn in_left(&self) -> u64 {
+        self.in_left
+    }
+
     /// There were, but no credit.
     pub fn stall(&mut self) {
         self.credit_stalls = self.credit_stalls.saturating_add(1);

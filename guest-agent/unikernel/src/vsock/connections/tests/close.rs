@@ -139,7 +139,7 @@ fn an_agent_that_takes_no_more_drops_what_comes_and_gives_credit_for_it() {
     let mut host = Host::connected();
     assert_eq!(agent_closes(&mut host, false, true), NO_RECEIVE);
     for _ in 0..10 {
-        host.send(Operation::Rw, &vec![0xff; BUF_ALLOC as usize / 4]);
+        host.send(Operation::Rw, &vec![0xff; SHARE as usize / 4]);
         host.packets();
     }
     assert_eq!(host.agent.warnings, [] as [String; 0]);

@@ -10,7 +10,7 @@ fn asked(host: &mut Host) -> Header {
     let packets = host.packets();
     assert_eq!(packets.len(), 1, "{packets:?}");
     assert_eq!((packets[0].operation, packets[0].len), (Operation::Request, 0));
-    assert_eq!((packets[0].destination_port, packets[0].buf_alloc), (HOST_PORT, BUF_ALLOC));
+    assert_eq!((packets[0].destination_port, packets[0].buf_alloc), (HOST_PORT, SHARE));
     packets[0]
 }
 
