@@ -131,6 +131,17 @@ fn linux_says_what_the_counters_and_the_nmis_of_an_earlier_life_do_to_it() {
 }
 
 #[test]
+fn a_kernel_that_lacks_a_driver_says_so_itself_and_nobody_waits_for_it() {
+    let Some(lab) = lab() else { return };
+    let run = ["lab", "--", "run", "--guest", "linux", "--timeout", "300", "--cmdline"];
+    let outcome = lab.lab(&[&run[..], &["module_blacklist=virtio_mmio"]].concat());
+    outcome
+        .expect_stdout("finding in life 1: guest-stopped: the guest turned the machine off; the console ends with: ")
+        .expect_stdout("cleanslate agent: load the module virtio_mmio.ko: EPERM")
+        .expect_status(1);
+}
+
+#[test]
 fn a_host_that_cannot_run_linux_says_so_at_once() {
     let refused = |arguments: &[&str], words: &str| {
         run(arguments).expect_status(2).expect_one_line_of_stderr().expect_stderr(words);
@@ -151,6 +162,9 @@ fn a_host_that_cannot_run_linux_says_so_at_once() {
         refused(
             &["run", "--guest", "linux", "--kernel", path.to_str().unwrap()],
             match name {
+                "truncated" => {
+                    "is a bzImage whose compressed part is broken: it ends behind the end of the file"
+                }
                 "text" => "does not say which release of Linux it is",
                 _ => {
                     "are not in /lib/modules/0.0.0-none: install the package that the kernel is from"
@@ -158,6 +172,10 @@ fn a_host_that_cannot_run_linux_says_so_at_once() {
             },
         );
     };
+    if let Some(lab) = lab() {
+        let whole = std::fs::read(&lab.kernel).expect("read the kernel");
+        kernel("truncated", &whole[..whole.len() / 2]);
+    }
     kernel("text", b"not a kernel");
     kernel("stranger", b"\x7fELF Linux version 0.0.0-none (nobody)");
     refused(&["run", "--guest", "linux", "--kernel", "/no/such"], "read \"/no/such\"");

@@ -312,6 +312,18 @@ fn check_change(before: &Report, after: &Report, add: &mut Add) {
     if registers(before) != registers(after) {
         add("pmu-changed", "the reset changed which PMU registers exist".into());
     }
+    /// Machine check, bad page, oops, warning, soft lockup (Documentation/admin-guide/tainted-kernels.rst). What taints a
+    /// kernel in every life is not the reset's doing.
+    const TROUBLE: u64 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 14;
+    if let (Some(before), Some(after)) = (&before.linux, &after.linux)
+        && after.taint & !before.taint & TROUBLE != 0
+    {
+        let (was, is) = (before.taint, after.taint);
+        add(
+            "kernel-tainted",
+            format!("the kernel's taint is {is}, and was {was} in the life before"),
+        );
+    }
 }
 
 #[cfg(test)]

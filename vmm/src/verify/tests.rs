@@ -1,6 +1,6 @@
 use agent_protocol::{
-    DmaReport, ExceptionRecord, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid, PmuReport,
-    PmuStatus, Timings, VsockReport,
+    DmaReport, ExceptionRecord, LinuxReport, LogLine, MsrReading, NmiRecord, NmiReport, PmuCpuid,
+    PmuReport, PmuStatus, Timings, VsockReport,
 };
 
 use super::*;
@@ -94,6 +94,26 @@ fn each_kind_of_dirt_has_its_name() {
         let text = "New overflows for inactive PMCs: 1".into();
         r.dmesg.push(LogLine { us: 0, level: 4, text });
     });
+}
+
+#[test]
+fn a_linux_that_is_tainted_as_it_was_before_is_no_finding() {
+    let lives = |taints: [u64; 2]| {
+        (1..).zip(taints).map(|(number, taint)| {
+            let linux = LinuxReport { taint, ..LinuxReport::default() };
+            life(number, Cause::Host, |report| report.linux = Some(linux))
+        })
+    };
+    let check = |taints, expected: &[&str]| {
+        assert_eq!(names(PmuPolicy::Off, &lives(taints).collect::<Vec<_>>()), expected);
+    };
+    check([0, 0], &[]);
+    check([512, 512], &[]);
+    check([512, 0], &[]);
+    check([0, 512], &["kernel-tainted"]);
+    check([512, 512 | 128], &["kernel-tainted"]);
+    // An unsigned module, and a register that a program wrote.
+    check([0, 1 << 13 | 1 << 2], &[]);
 }
 
 #[test]
