@@ -65,7 +65,7 @@ fn connect_pipes_both_ways_and_each_direction_ends_on_its_own() {
     let outcome = program.finish("cleanslate vsock connect").expect_status(0);
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("first and last", ""));
 
-    // The other way round: the guest is done first, and still receives.
+    // The other way round: the guest is done first, and still receives, more than any buffer holds.
     let mut program = command(&["connect", "--uds", path.to_str().unwrap(), "52"]);
     let mut guest = meet(&listener, 52, "OK 1\n");
     guest.write_all(b"done").unwrap();
@@ -74,8 +74,14 @@ fn connect_pipes_both_ways_and_each_direction_ends_on_its_own() {
     let mut four = [0; 4];
     stdout.read_exact(&mut four).unwrap();
     assert_eq!(&four, b"done");
-    feed(&mut program, b"later");
-    assert_eq!(read_all(&mut guest), b"later");
+    let mut stdin = program.child.stdin.take().unwrap();
+    let later = vec![7; 4 << 20];
+    std::thread::scope(|scope| {
+        let later = &later;
+        // It fails if the program has ended.
+        scope.spawn(move || stdin.write_all(later));
+        assert!(read_all(&mut guest) == *later, "not all of standard input arrived");
+    });
     program.finish("cleanslate vsock connect").expect_status(0);
 }
 
