@@ -1,6 +1,7 @@
 //! The command line. One file for each subcommand; flags become plain data here and touch nothing.
 
 mod agent;
+mod doctor;
 mod jail;
 mod merge;
 mod probe;
@@ -32,6 +33,7 @@ enum Command {
     Soak(Box<soak::Arguments>),
     Probe(probe::Arguments),
     Merge(merge::Arguments),
+    Doctor(doctor::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
 }
@@ -64,6 +66,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),
+        Command::Doctor(arguments) => doctor::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),
     }

@@ -18,7 +18,8 @@ mod residue;
 
 pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{
-    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Reply, Request, Transfer, Transferred,
+    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Probe, Probed, Reply, Request,
+    Transfer, Transferred,
 };
 pub use pattern::Pattern;
 pub use report::{
@@ -28,7 +29,7 @@ pub use report::{
 pub use residue::{CheckTicks, Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;
