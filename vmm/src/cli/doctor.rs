@@ -20,7 +20,7 @@ use crate::doctor::report::{Finding, Floor, Report, json, table};
 use crate::doctor::{Behaviour, Judgement, Unseen, Verdict, runner, vmrun};
 use crate::exit;
 use crate::fault::Faults;
-use crate::kvm::bare::launch_floor;
+use crate::kvm::bare::{InUse, launch_floor};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::chain;
 use crate::machine::{self, Config, ResetPolicy};
@@ -105,13 +105,25 @@ pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
         return arguments.work(task);
     }
     let (host, kvm) = Host::look();
+    // Machines come and go in the checks. If this one cannot be had, they tell why.
+    let _in_use = kvm.as_ref().ok().and_then(|kvm| InUse::new(kvm).ok());
+    let unusable = kvm.as_ref().err().map(|error| chain(error));
     let report = Report {
         host,
-        floor: match &kvm {
-            Ok(_) => arguments.floor(),
-            Err(error) => Err(chain(error)),
+        floor: match &unusable {
+            None => arguments.floor(),
+            Some(why) => Err(why.clone()),
         },
-        findings: Behaviour::ALL.map(|behaviour| arguments.look_at(behaviour)).into(),
+        findings: Behaviour::ALL
+            .map(|behaviour| match &unusable {
+                Some(why) if behaviour.needs_kvm() => Finding {
+                    behaviour,
+                    judgement: Judgement::cannot_tell(why.clone()),
+                    observed: None,
+                },
+                _ => arguments.look_at(behaviour),
+            })
+            .into(),
     };
     print(&if arguments.json { json(&report) } else { table(&report) })?;
     kvm?;

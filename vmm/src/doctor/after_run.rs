@@ -23,7 +23,7 @@ pub(super) fn observe(kvm: &Kvm) -> Result<Observed, Unseen> {
     let before = machine.set_cpuid(&changed);
     machine.set_cpuid(&cpuid);
     machine.run(&Code::new())?;
-    let same = machine.set_cpuid(&machine.cpuid()?);
+    let same = machine.set_cpuid(&cpuid);
     Ok(Observed { before, same, after: machine.set_cpuid(&changed) })
 }
 

@@ -115,6 +115,11 @@ impl Behaviour {
         }
     }
 
+    /// Whether it takes KVM to look at it.
+    pub fn needs_kvm(self) -> bool {
+        self != Self::Mdev
+    }
+
     /// Looks at this host, as JSON of a type that [`Self::judge`] knows. [`Self::VmrunExitCode`] takes a machine with an agent:
     /// [`vmrun::observe`].
     ///

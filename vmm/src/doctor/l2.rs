@@ -54,8 +54,7 @@ pub(super) fn observe(kvm: &Kvm) -> Result<Observed, Unseen> {
     let feature = feature_that_can_change(&machine, &nested::feature_msrs(kvm)?)?;
     let entered = machine.enter_l2()?;
     let in_l2 = machine.is_in_l2()?;
-    // What KVM makes of the data depends on registers, so "the same" is what it has now.
-    let same_cpuid = machine.set_cpuid(&machine.cpuid()?);
+    let same_cpuid = machine.set_cpuid(&cpuid);
     let feature = match feature {
         None => None,
         Some((index, value)) => Some(Feature {

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -66,7 +66,6 @@ impl fmt::Display for Failure {
 pub fn run(mut command: Command, limit: Duration) -> Result<String, Failure> {
     let [stdout, stderr] = [(); 2].map(|()| Output::new());
     let (stdout, stderr) = (stdout.map_err(Failure::Host)?, stderr.map_err(Failure::Host)?);
-    command.stdin(Stdio::null());
     command.stdout(stdout.writer().map_err(Failure::Host)?);
     command.stderr(stderr.writer().map_err(Failure::Host)?);
     let mut child = command.spawn().map_err(Failure::Host)?;

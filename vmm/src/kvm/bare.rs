@@ -227,14 +227,6 @@ impl BareMachine {
         Answer::new(self.vcpu.set_cpuid2(cpuid))
     }
 
-    /// The CPUID as KVM has it now.
-    ///
-    /// # Errors
-    /// [`KvmError::Request`].
-    pub fn cpuid(&self) -> Result<CpuId, KvmError> {
-        self.vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::request("get the CPUID"))
-    }
-
     /// Writes an MSR as a host does.
     ///
     /// # Errors
@@ -379,6 +371,24 @@ impl Code {
             write(&(handler as u32).to_le_bytes(), 4 * u64::from(vector))?;
         }
         write(&[&self.0[..], &out(DONE_PORT)].concat(), CODE)
+    }
+}
+
+/// Keeps KVM in use. With the first machine it turns virtualization on in all processors and patches the kernel's scheduler, and
+/// undoes that with the last: neither is to happen with each of many machines that come one after the other.
+#[derive(Debug)]
+pub struct InUse {
+    _machine: VmFd,
+}
+
+impl InUse {
+    /// Takes a machine that has nothing and does nothing.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn new(kvm: &Kvm) -> Result<Self, KvmError> {
+        let machine = kvm.create_vm().map_err(KvmError::request("create a machine"))?;
+        Ok(Self { _machine: machine })
     }
 }
 
