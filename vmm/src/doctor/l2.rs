@@ -54,7 +54,8 @@ pub(super) fn observe(kvm: &Kvm) -> Result<Observed, Unseen> {
     let feature = feature_that_can_change(&machine, &nested::feature_msrs(kvm)?)?;
     let entered = machine.enter_l2()?;
     let in_l2 = machine.is_in_l2()?;
-    let same_cpuid = machine.set_cpuid(&cpuid);
+    // What KVM has made of the data.
+    let same_cpuid = machine.set_cpuid(&machine.cpuid(cpuid.as_slice().len())?);
     let feature = match feature {
         None => None,
         Some((index, value)) => Some(Feature {

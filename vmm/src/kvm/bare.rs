@@ -227,6 +227,18 @@ impl BareMachine {
         Answer::new(self.vcpu.set_cpuid2(cpuid))
     }
 
+    /// The CPUID as KVM has it now, of `count` entries.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn cpuid(&self, count: usize) -> Result<CpuId, KvmError> {
+        let cpuid = self.vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        let cpuid = cpuid.map_err(KvmError::request("get the CPUID"))?;
+        // Older kernels give as many as there is room for, the last ones empty.
+        let entries = cpuid.as_slice().get(..count).unwrap_or(cpuid.as_slice());
+        CpuId::from_entries(entries).map_err(|_| KvmError::Capability("room for the CPUID"))
+    }
+
     /// Writes an MSR as a host does.
     ///
     /// # Errors
