@@ -168,7 +168,7 @@ fn without_dev_kvm_the_remedy_is_named() {
 
 #[test]
 fn a_result_that_cannot_be_printed_is_a_failure() {
-    for arguments in [&["run", "--json"][..], &["run"]] {
+    for arguments in [&["run", "--json"][..], &["run"], &["doctor"]] {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut command = cleanslate(arguments);
         command.stdout(full);

@@ -47,7 +47,12 @@ fn every_module_has_its_place_in_architecture() {
 
 #[test]
 fn the_readme_names_only_options_that_exist() {
-    let commands = [&["run", "--help"][..], &["soak", "--help"], &["agent", "export", "--help"]];
+    let commands = [
+        &["run", "--help"][..],
+        &["soak", "--help"],
+        &["agent", "export", "--help"],
+        &["doctor", "--help"],
+    ];
     let help: String = commands.map(|command| run(command).stdout).concat();
     let text = read("README.md");
     let lines =

@@ -17,6 +17,8 @@ mod counters;
 mod disks;
 /// `--dma-audit`: what is wrong with a guest's DMA buffers is found on the host as in the guest, and ours are as they should be.
 mod dma_audit;
+/// `doctor`: what a host is, and which known faults its KVM has.
+mod doctor;
 /// The documents name what exists.
 mod documents;
 /// The agent's image boots in monitors of other people.

@@ -4,7 +4,7 @@
 //! version 2, where a group with processes can have none with controllers below it, beside that group. The janitor removes
 //! it.
 
-mod hierarchy;
+pub mod hierarchy;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};

@@ -37,4 +37,5 @@ pub use limits::ResourceLimit;
 pub use network::Network;
 pub use program::Program;
 pub use root::{Mount, Root};
+pub use sys::landlock_version;
 pub use user::User;

@@ -297,3 +297,13 @@ pub(crate) fn execute(program: BorrowedFd<'_>, arguments: &[std::ffi::CString]) 
     }
     io::Error::last_os_error()
 }
+
+/// Which version of Landlock the kernel has; `None` if it has none, or does not use it (landlock_create_ruleset(2)).
+pub fn landlock_version() -> Option<u32> {
+    const VERSION: libc::c_ulong = 1 << 0;
+    // SAFETY: with this flag the call reads nothing and makes nothing.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION)
+    };
+    u32::try_from(version).ok()
+}

@@ -8,12 +8,8 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_userspace_memory_region,
-};
-use kvm_ioctls::{Kvm, VcpuExit};
 use serde_json::Value;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm::kvm::bare::launch_floor;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_cleanslate");
 const LAUNCHES: usize = 300;
@@ -27,7 +23,7 @@ fn main() {
         [const { Vec::new() }; 6];
     for _ in 0..launches {
         // Turn about, so that a noisy moment meets all alike.
-        floor.push(bare_kvm());
+        floor.push(milliseconds(launch_floor(MEM_MIB).expect("launch a bare machine")));
         let (with, with_run) = launch(&[]);
         let (without, without_run) = launch(&["--no-jail"]);
         jail.push(with - without);
@@ -62,39 +58,6 @@ fn main() {
         "memory beyond the guest's own: {} KiB (three processes {whole}, guest {guest})",
         whole - guest
     );
-}
-
-/// The fewest KVM calls that reach a guest's first `out`: memory, split interrupt controller, one vCPU with CPUID.
-fn bare_kvm() -> f64 {
-    let ram: GuestMemoryMmap<()> =
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEM_MIB << 20)]).expect("map memory");
-    // out 0x10, al
-    ram.write_slice(&[0xe6, 0x10], GuestAddress(0x1000)).expect("write code");
-    let began = Instant::now();
-    let kvm = Kvm::new().expect("open /dev/kvm");
-    let vm = kvm.create_vm().expect("create a machine");
-    let region = ram.iter().next().expect("one region");
-    let slot = kvm_userspace_memory_region {
-        memory_size: region.len(),
-        userspace_addr: region.as_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `ram` outlives `vm`: it was made before it in this function.
-    unsafe { vm.set_user_memory_region(slot) }.expect("give it memory");
-    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    split.args[0] = 24;
-    vm.enable_cap(&split).expect("split the interrupt controller");
-    let mut vcpu = vm.create_vcpu(0).expect("create a vCPU");
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("get CPUID");
-    vcpu.set_cpuid2(&cpuid).expect("set CPUID");
-    let mut sregs = vcpu.get_sregs().expect("get registers");
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    vcpu.set_sregs(&sregs).expect("set registers");
-    let mut regs = vcpu.get_regs().expect("get registers");
-    (regs.rip, regs.rflags) = (0x1000, 2);
-    vcpu.set_regs(&regs).expect("set registers");
-    assert!(matches!(vcpu.run().expect("run"), VcpuExit::IoOut(0x10, _)));
-    milliseconds(began.elapsed())
 }
 
 fn milliseconds(time: Duration) -> f64 {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
     CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION,
-    Poisoning, Reply, Report, Request, StateReading, Transfer,
+    Poisoning, Probe, Probed, Reply, Report, Request, StateReading, Transfer,
 };
 use serde::de::DeserializeOwned;
 
@@ -196,6 +196,18 @@ impl Agent {
         }
     }
 
+    /// Has the guest try something on its processor; `Err` is why it cannot.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn probe(&mut self, probe: Probe) -> Result<Result<Probed, String>, AgentError> {
+        match self.ask(&Request::Probe(probe))? {
+            Reply::Probed(probed) => Ok(Ok(probed)),
+            Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest open a connection to `host_port`, on which it will greet like on this one. Gives its own port.
     ///
     /// # Errors
@@ -350,6 +362,7 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Random(_) => "with random bytes".into(),
         Reply::Connected(_) => "with the outcome of a connection".into(),
         Reply::Transferred(_) => "with the end of a transfer".into(),
+        Reply::Probed(_) => "with what came of a probe".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

@@ -1,6 +1,7 @@
 //! The command line. One file for each subcommand; flags become plain data here and touch nothing.
 
 mod agent;
+mod doctor;
 mod jail;
 mod lab;
 mod merge;
@@ -33,6 +34,7 @@ enum Command {
     Soak(Box<soak::Arguments>),
     Probe(probe::Arguments),
     Merge(merge::Arguments),
+    Doctor(doctor::Arguments),
     Agent(agent::Arguments),
     Vsock(vsock::Arguments),
     Lab(lab::Arguments),
@@ -66,6 +68,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),
+        Command::Doctor(arguments) => doctor::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
         Command::Vsock(arguments) => vsock::main(arguments),
         Command::Lab(arguments) => lab::main(arguments),

@@ -10,6 +10,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod device;
+pub mod doctor;
 pub mod exit;
 pub mod fault;
 #[cfg(feature = "fuzzing")]

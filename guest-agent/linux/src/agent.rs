@@ -105,6 +105,7 @@ impl Agent {
             Request::NmiSelfTest => {
                 Reply::Refused("Linux sends itself no NMI at a program's wish".into())
             }
+            Request::Probe(_) => Reply::Refused("Linux lets no program try that".into()),
             Request::GetState | Request::Poison | Request::Hold => {
                 Reply::Refused("Linux's registers are not the agent's to poison".into())
             }

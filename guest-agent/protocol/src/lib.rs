@@ -18,7 +18,8 @@ mod residue;
 
 pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{
-    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Reply, Request, Transfer, Transferred,
+    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Probe, Probed, Reply, Request,
+    Transfer, Transferred,
 };
 pub use pattern::Pattern;
 pub use report::{

@@ -84,6 +84,27 @@ pub enum Request {
         /// How many.
         bytes: u32,
     },
+    /// Try something on the processor, and say what came of it.
+    Probe(Probe),
+}
+
+/// What the processor is tried with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Probe {
+    /// `vmrun` of an empty control block, which has to fail (AMD64 Architecture Programmer's Manual volume 2, section 15.5.1).
+    FailedVmrun,
+}
+
+/// What came of a [`Probe`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Probed {
+    /// Of [`Probe::FailedVmrun`].
+    FailedVmrun {
+        /// EXITCODE of the control block before.
+        before: u64,
+        /// The same afterwards.
+        after: u64,
+    },
 }
 
 /// Raw bytes in either direction, or in both at the same time: right behind the request those for the guest, right before the
@@ -157,6 +178,8 @@ pub enum Reply {
     Connected(Result<u32, ConnectError>),
     /// To [`Request::Transfer`].
     Transferred(Transferred),
+    /// To [`Request::Probe`].
+    Probed(Probed),
 }
 
 /// A reset that the guest itself can cause.

@@ -13,5 +13,6 @@ pub mod port;
 pub mod pvh;
 pub mod ram;
 pub mod records;
+pub mod svm;
 pub mod tsc;
 pub mod virtio;

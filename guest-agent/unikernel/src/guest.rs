@@ -10,10 +10,10 @@ use agent::params::{Params, PortWrite};
 use agent::pmu;
 use agent::vsock::Answer;
 use agent_protocol::{
-    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Reply, Report, Request, Timings, VsockReport,
+    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report, Request, Timings, VsockReport,
 };
 
-use crate::arch::{gate, leave, port, pvh, records, tsc};
+use crate::arch::{gate, leave, port, pvh, records, svm, tsc};
 use crate::dma;
 use crate::machine_state;
 use crate::virtio::RequestDevices;
@@ -198,6 +198,15 @@ impl Agent {
         leaf_1_ecx & XSAVE_AND_AVX == XSAVE_AND_AVX
     }
 
+    fn failed_vmrun(&self) -> Result<[u64; 2], String> {
+        const SVM: u32 = 1 << 2;
+        let features = self.pmu.as_ref().map_or(0, |report| report.cpuid.leaf_80000001_ecx);
+        match features & SVM {
+            0 => Err("the guest's CPUID has no SVM".into()),
+            _ => svm::failed_vmrun(),
+        }
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -283,6 +292,10 @@ impl Answer for Agent {
                 let random = self.devices.random(&self.params, bytes);
                 random.map_or_else(Reply::Refused, Reply::Random)
             }
+            Request::Probe(Probe::FailedVmrun) => match self.failed_vmrun() {
+                Ok([before, after]) => Reply::Probed(Probed::FailedVmrun { before, after }),
+                Err(why) => Reply::Refused(why),
+            },
             Request::AwaitNmi { seen, ticks } => {
                 let began = tsc::now();
                 while records::nmi_count() == seen && tsc::now().wrapping_sub(began) < ticks {

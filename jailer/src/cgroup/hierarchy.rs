@@ -18,6 +18,7 @@ pub enum Version {
 /// A mounted hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
+    /// Its interface.
     pub version: Version,
     /// Where it is mounted.
     pub top: PathBuf,

@@ -78,6 +78,20 @@ pub(super) enum EndError {
 }
 
 impl Arguments {
+    /// The jail without any wishes, or none.
+    pub fn plain(no_jail: bool) -> Self {
+        Self {
+            no_jail,
+            id: None,
+            uid: None,
+            gid: None,
+            netns: None,
+            cgroup: Vec::new(),
+            parent_cgroup: None,
+            resource_limit: Vec::new(),
+        }
+    }
+
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
     /// here. Returns what `work` does, as the exit status. `notice` says what the user should know before.
     pub fn run(

@@ -386,7 +386,7 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
 }
 
 /// Has this process killed when its parent ends. The machine's process dies with this one, and the janitor cleans up.
-fn die_with(parent: u32) -> Result<(), Error> {
+pub(super) fn die_with(parent: u32) -> Result<(), Error> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have ended before.
     match getppid() {

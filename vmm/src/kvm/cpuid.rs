@@ -86,6 +86,28 @@ pub fn supported(
     Ok((cpuid, kind))
 }
 
+/// Removes the features of KVM's paravirtual registers: clocks, asynchronous page faults, stolen time, end of interrupt, polling
+/// (Linux `Documentation/virt/kvm/x86/cpuid.rst`).
+pub fn hide_pv_features(cpuid: &mut CpuId) {
+    const FEATURES: u32 = 0x4000_0001;
+    const WITH_REGISTERS: u32 = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 12 | 1 << 14;
+    for entry in cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == FEATURES) {
+        entry.eax &= !WITH_REGISTERS;
+    }
+}
+
+/// The same CPUID but for a letter in the processor's name, which nothing in KVM depends on.
+///
+/// # Errors
+/// [`KvmError::Capability`] if the processor has no name.
+pub fn changed(cpuid: &CpuId) -> Result<CpuId, KvmError> {
+    const NAME: u32 = 0x8000_0002;
+    let mut cpuid = cpuid.clone();
+    let entry = cpuid.as_mut_slice().iter_mut().find(|entry| entry.function == NAME);
+    entry.ok_or(KvmError::Capability("a name of the processor in CPUID"))?.eax ^= 1;
+    Ok(cpuid)
+}
+
 /// `supported` as the vCPU `id` of `count` sees it: its APIC number, and cores of one thread each in one package.
 ///
 /// # Errors

@@ -40,6 +40,8 @@ pub struct Module {
     pub enable_pmu: Option<bool>,
     /// Module parameter `kvm.ignore_msrs`.
     pub ignore_msrs: Option<bool>,
+    /// Module parameter `nested` of the vendor's module: whether guests may run guests.
+    pub nested: Option<bool>,
 }
 
 impl Module {
@@ -48,13 +50,14 @@ impl Module {
         Self {
             has_amd: Path::new("/sys/module/kvm_amd").exists(),
             has_intel: Path::new("/sys/module/kvm_intel").exists(),
-            enable_pmu: flag("enable_pmu"),
-            ignore_msrs: flag("ignore_msrs"),
+            enable_pmu: flag("kvm", "enable_pmu"),
+            ignore_msrs: flag("kvm", "ignore_msrs"),
+            nested: flag("kvm_amd", "nested").or_else(|| flag("kvm_intel", "nested")),
         }
     }
 
     /// Tells by the module of the processor's vendor, which is listed whether it is loaded or built in.
-    pub(super) fn kind(&self, is_amd: bool) -> KvmKind {
+    pub fn kind(&self, is_amd: bool) -> KvmKind {
         match is_amd {
             true if self.has_amd => KvmKind::Svm,
             false if self.has_intel => KvmKind::Vmx,
@@ -92,9 +95,10 @@ impl HostInfo {
     }
 }
 
-/// A Y/N parameter of the kvm module.
-fn flag(name: &str) -> Option<bool> {
-    let text = fs::read_to_string(Path::new("/sys/module/kvm/parameters").join(name)).ok()?;
+/// A Y/N parameter of a module.
+fn flag(module: &str, name: &str) -> Option<bool> {
+    let path = Path::new("/sys/module").join(module).join("parameters").join(name);
+    let text = fs::read_to_string(path).ok()?;
     match text.trim() {
         "Y" | "1" => Some(true),
         "N" | "0" => Some(false),

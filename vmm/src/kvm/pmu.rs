@@ -61,6 +61,11 @@ pub fn disable_capability(kvm: &Kvm) -> i32 {
     kvm.check_extension_raw(u64::from(KVM_CAP_PMU_CAPABILITY))
 }
 
+/// Whether the PMU of one machine can be disabled.
+pub fn can_disable(kvm: &Kvm) -> bool {
+    disable_capability(kvm) & KVM_PMU_CAP_DISABLE as i32 != 0
+}
+
 /// Applies `policy` to a machine that has no vCPU yet (KVM refuses it later), and says what made the PMU absent.
 ///
 /// # Errors
@@ -71,7 +76,7 @@ pub fn apply(
     module: Module,
     policy: PmuPolicy,
 ) -> Result<PmuAbsence, KvmError> {
-    let can_disable = disable_capability(kvm) & KVM_PMU_CAP_DISABLE as i32 != 0;
+    let can_disable = can_disable(kvm);
     match policy {
         PmuPolicy::Host if module.enable_pmu == Some(false) => Err(KvmError::NoPmu),
         PmuPolicy::Host => Ok(PmuAbsence::NotAbsent),
@@ -92,7 +97,7 @@ pub fn apply(
     }
 }
 
-fn disable(vm: &VmFd) -> Result<(), KvmError> {
+pub(super) fn disable(vm: &VmFd) -> Result<(), KvmError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
     cap.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
     vm.enable_cap(&cap).map_err(KvmError::request("disable the PMU of the machine"))

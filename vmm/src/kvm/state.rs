@@ -31,7 +31,7 @@ const LAST_BRANCH_MSRS: RangeInclusive<u32> = 0x1db..=0x1de;
 /// Registers by which a guest tells KVM to write into its RAM, with the value that stops it (Linux
 /// `Documentation/virt/kvm/x86/msr.rst`): wall clock, system time (old and new numbers), async page faults, steal time,
 /// PV EOI, and their companions. `POLL_CONTROL` starts at 1.
-const PV_MSRS: [(u32, u64); 10] = [
+pub const PV_MSRS: [(u32, u64); 10] = [
     (0x12, 0),
     (0x11, 0),
     (0x4b56_4d01, 0),

@@ -59,13 +59,7 @@ impl Vm {
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = PINS as u64;
         fd.enable_cap(&split).map_err(KvmError::request("split the interrupt controller"))?;
-        if kvm.check_extension_raw(u64::from(KVM_CAP_X86_TRIPLE_FAULT_EVENT)) > 0 {
-            // Lets a reset cancel a triple fault that is queued but not delivered.
-            let mut events =
-                kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, ..Default::default() };
-            events.args[0] = 1;
-            fd.enable_cap(&events).map_err(KvmError::request("enable triple fault events"))?;
-        }
+        enable_triple_fault_events(kvm, &fd)?;
         if kind == KvmKind::Vmx {
             fd.set_tss_address(layout::KVM_TSS as usize)
                 .map_err(KvmError::request("set the TSS address"))?;
@@ -156,6 +150,16 @@ impl Vm {
             .set_clock(&kvm_clock_data::default())
             .map_err(KvmError::request("reset the paravirtual clock"))
     }
+}
+
+/// Lets a reset cancel a triple fault that is queued but not delivered, where KVM can.
+pub(super) fn enable_triple_fault_events(kvm: &Kvm, fd: &VmFd) -> Result<(), KvmError> {
+    if kvm.check_extension_raw(u64::from(KVM_CAP_X86_TRIPLE_FAULT_EVENT)) <= 0 {
+        return Ok(());
+    }
+    let mut events = kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, ..Default::default() };
+    events.args[0] = 1;
+    fd.enable_cap(&events).map_err(KvmError::request("enable triple fault events"))
 }
 
 /// The most vCPUs that KVM gives one machine and that 8-bit APIC numbers can tell apart.

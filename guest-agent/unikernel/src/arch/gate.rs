@@ -31,6 +31,7 @@ enum Service {
     OpenXsave,
     ReadMsrs,
     WriteMsrs,
+    Vmrun,
 }
 
 /// Numbers of services, for leave.s.
@@ -281,6 +282,11 @@ pub fn interrupt_in(us: u64) {
         MsrOperation::write(X2APIC_LVT_TIMER, DEVICE_VECTOR.into()),
         MsrOperation::write(X2APIC_INITIAL_COUNT, count),
     ]);
+}
+
+/// Has the processor run the guest of the control block at this address, which it has to refuse. EFER.SVME is set.
+pub(super) fn vmrun(control_block: u64) {
+    call(control_block, 0, Service::Vmrun);
 }
 
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).

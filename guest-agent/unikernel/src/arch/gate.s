@@ -23,7 +23,7 @@ trap_6:
 gate_services:
     .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
     .quad gate_read_debug, gate_write_debug, gate_read_system, gate_poison_system, gate_open_xsave
-    .quad gate_read_msrs, gate_write_msrs
+    .quad gate_read_msrs, gate_write_msrs, gate_vmrun
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -309,6 +309,14 @@ gate_open_xsave:
     cpuid
     movl %ebx, 4(%rdi)
     movq %r8, %rbx
+    iretq
+
+# rdi = the address of a control block that cannot be run. EFER.SVME is set. Afterwards interrupts and NMIs are possible again,
+# whatever the failure has made of that (the global interrupt flag).
+gate_vmrun:
+    movq %rdi, %rax
+    vmrun %rax
+    stgi
     iretq
 
 # An exception that cannot be delivered: shutdown.

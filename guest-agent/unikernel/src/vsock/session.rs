@@ -278,6 +278,7 @@ fn may_have_long_answer(request: &Request) -> bool {
         | Request::AwaitNmi { .. }
         | Request::Connect { .. }
         | Request::Transfer(_)
+        | Request::Probe(_)
         | Request::Shutdown { .. } => false,
     }
 }
