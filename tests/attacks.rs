@@ -189,7 +189,7 @@ fn attacks_make_the_monitor_hold_nothing_more() {
     let before = Holdings::of(process);
     // Of each attack a leak would have to be smaller than ten kilobytes.
     attacked(25);
-    before.expect_no_more(process);
+    machine.expect_no_more(before);
     machine.end();
 }
 

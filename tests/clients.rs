@@ -73,7 +73,7 @@ fn bytes_that_are_no_line_close_the_client() {
         assert_eq!(answer, b"", "{name}");
         bystander.is_served();
     }
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }
 
@@ -98,7 +98,7 @@ fn half_lines_keep_nobody_out() {
         bystander.is_served();
     }
     drop(silent);
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }
 
@@ -125,7 +125,7 @@ fn floods_of_clients_that_vanish_leave_nothing() {
         flood();
         bystander.is_served();
     }
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }
 
@@ -178,7 +178,7 @@ fn clients_that_vanish_in_the_middle_of_a_transfer_leave_nothing() {
     round(16);
     let before = Holdings::of(machine.process());
     round(120);
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }
 
@@ -214,6 +214,6 @@ fn clients_that_never_read_stall_nobody() {
     assert!(late.read(&mut [0]).unwrap() == 1);
     drop((deaf, late));
     bystander.is_served();
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }

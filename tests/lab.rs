@@ -69,7 +69,8 @@ fn each_fault_is_found_under_its_name_on_hardware_virtualization() {
         let findings = report["findings"].as_array().unwrap().iter();
         let mut names: Vec<_> = findings.map(|found| found["name"].as_str().unwrap()).collect();
         let mut expected = [&[fault], others].concat();
-        (names.sort_unstable(), expected.sort_unstable());
+        names.sort_unstable();
+        expected.sort_unstable();
         assert_eq!(names, expected, "{fault}: {report}");
     }
     let clean = reports.last().unwrap();

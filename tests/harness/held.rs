@@ -9,6 +9,7 @@ use std::time::Duration;
 use agent_protocol::AGENT_PORT;
 use vmm::agent::{Agent, AgentError};
 
+use super::holdings::Holdings;
 use super::{Outcome, Started, cleanslate, eventually, machine_of, signal, temp_dir};
 
 /// Connects to the agent of life `life` through the socket at `path`; waits until that has begun.
@@ -79,6 +80,22 @@ impl Held {
     #[track_caller]
     pub fn agent(&self, life: u32) -> Agent {
         agent_at(&self.path, life)
+    }
+
+    /// Fails unless the machine comes to hold no more than `before`: memory within what an allocator keeps for later.
+    #[track_caller]
+    pub fn expect_no_more(&self, before: Holdings) {
+        const SLACK_KIB: u64 = 256;
+        // The vsock device's interrupt gets its eventfd when it is raised first: in an agent that was never idle, that is later.
+        // No other device of an agent's has an interrupt that it lets through.
+        const INTERRUPTS: usize = 1;
+        let now = || Holdings::of(self.process());
+        eventually("descriptors are let go of", || {
+            now().descriptors <= before.descriptors + INTERRUPTS
+        });
+        let now = now();
+        assert_eq!(now.threads, before.threads);
+        assert!(now.resident_kib <= before.resident_kib + SLACK_KIB, "{before:?} became {now:?}");
     }
 
     /// Ends the machine as Ctrl-C does.

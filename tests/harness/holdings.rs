@@ -1,7 +1,5 @@
 //! What a process holds.
 
-use super::eventually;
-
 /// What a process holds for itself, guest RAM left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
@@ -20,21 +18,6 @@ impl Holdings {
             threads: count("task"),
             resident_kib: own_resident_kib(&maps),
         }
-    }
-
-    /// Fails unless the process comes to hold no more than this: memory within what an allocator keeps for later.
-    #[track_caller]
-    pub fn expect_no_more(self, process: u32) {
-        const SLACK_KIB: u64 = 256;
-        // The vsock device's interrupt gets its eventfd when it is raised first: in an agent that was never idle, that is later.
-        // No other device of an agent's has an interrupt that it lets through.
-        const INTERRUPTS: usize = 1;
-        eventually("descriptors are let go of", || {
-            Self::of(process).descriptors <= self.descriptors + INTERRUPTS
-        });
-        let now = Self::of(process);
-        assert_eq!(now.threads, self.threads);
-        assert!(now.resident_kib <= self.resident_kib + SLACK_KIB, "{self:?} became {now:?}");
     }
 }
 

@@ -62,14 +62,17 @@ fn unescape(text: &str) -> String {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once("\\x") {
         plain.push_str(before);
-        match after.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            // Control characters stay as they are written: this goes to terminals.
-            Some(byte) if byte == b'\\' => plain.push('\\'),
-            _ => {
-                plain.push_str(&rest[before.len()..before.len() + 4.min(rest.len() - before.len())])
+        // Control characters stay as they are written: this goes to terminals.
+        rest = match after.strip_prefix("5c") {
+            Some(after) => {
+                plain.push('\\');
+                after
             }
-        }
-        rest = after.get(2..).unwrap_or_default();
+            None => {
+                plain.push_str("\\x");
+                after
+            }
+        };
     }
     plain + rest
 }
@@ -96,7 +99,9 @@ mod tests {
         assert_eq!(unescape(r"\x1b[31m"), r"\x1b[31m");
         assert_eq!(unescape(r"end \x5"), r"end \x5");
         assert_eq!(unescape("plain"), "plain");
-        assert_eq!(unescape(r"\xä"), r"\xä");
+        for text in [r"\xä", r"\x€", r"\x", r"\x5"] {
+            assert_eq!(unescape(text), text);
+        }
     }
 
     #[test]
