@@ -10,7 +10,8 @@ use agent::params::{Params, PortWrite};
 use agent::pmu;
 use agent::vsock::Answer;
 use agent_protocol::{
-    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report, Request, Timings, VsockReport,
+    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report, Request, Timings,
+    VsockReport,
 };
 
 use crate::arch::{gate, leave, port, pvh, records, svm, tsc};
