@@ -40,7 +40,7 @@ fn findings_and_files_of_the_user_reach_the_command_and_its_status_comes_back() 
     let dir = temp_dir();
     let agent = file(&dir, "own agent.elf", images::AGENT);
     let agent = agent.to_str().unwrap();
-    let arguments = ["lab", "--vcpus", "1", "--file", agent, "--", "run", "--agent"];
+    let arguments = ["lab", "--file", agent, "--", "run", "--agent"];
     let outcome = lab.lab(&[&arguments[..], &["own agent.elf", "--nmi", "1"]].concat());
     outcome
         .expect_stdout("finding in life 1: unknown-nmi: 1 of 1 NMI")

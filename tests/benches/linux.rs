@@ -49,7 +49,7 @@ fn main() {
 fn lab(directory: &Path, script: &str, more: &[&str]) -> Duration {
     std::fs::write(directory.join("script"), script).expect("write a file");
     let mut command = Command::new(PROGRAM);
-    command.args(["lab", "--vcpus", "1", "--script", "script"]).args(more);
+    command.args(["lab", "--script", "script"]).args(more);
     command.current_dir(directory).env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     let began = Instant::now();
     let output = command.stdin(Stdio::null()).output().expect("start the program");

@@ -49,8 +49,9 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..=1 << 20))]
     mem: u64,
 
-    /// Number of processors
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Number of processors. With more than one the lab can hang: KVM changes the scheduler's code when the first machine is made, and
+    /// QEMU's emulation of several processors does not always survive that
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     vcpus: u32,
 
     /// How long it may take, in seconds
