@@ -2,15 +2,23 @@
 
 use std::io::{BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
+use std::time::Duration;
 
 use agent_protocol::{AGENT_PORT, Reply, Request, frame};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, recv, send, socket,
+};
 
 use crate::harness::client::{ask, connect, greeted};
 use crate::harness::held::Held;
 use crate::harness::holdings::Holdings;
+use crate::harness::temp_dir;
 
 /// A client that keeps to the rules beside others that do not.
 struct Bystander {
@@ -63,6 +71,10 @@ fn bytes_that_are_no_line_close_the_client() {
         ("bytes that are no text", b"CONNECT \xff\xfe\n".to_vec()),
     ] {
         let mut stream = UnixStream::connect(&machine.path).unwrap();
+        // One that is neither read nor closed fails rather than waits.
+        let patience = Some(Duration::from_secs(30));
+        stream.set_read_timeout(patience).unwrap();
+        stream.set_write_timeout(patience).unwrap();
         write_what_is_taken(&mut stream, &bytes);
         let mut answer = Vec::new();
         let end = stream.read_to_end(&mut answer);
@@ -215,5 +227,63 @@ fn clients_that_never_read_stall_nobody() {
     drop((deaf, late));
     bystander.is_served();
     machine.expect_no_more(before);
+    machine.end();
+}
+
+/// Connects to a socket for messages and sends as many of `messages` as the other side takes.
+fn send_messages(path: &Path, messages: &[&[u8]]) -> OwnedFd {
+    let client = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    // One that is not closed fails rather than waits.
+    set_socket_timeout(&client, Timeout::Recv, Some(Duration::from_secs(30))).unwrap();
+    rustix::net::connect(&client, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    for message in messages {
+        match send(&client, message, SendFlags::NOSIGNAL) {
+            Ok(len) => assert_eq!(len, message.len()),
+            Err(error) => assert!(matches!(error, Errno::PIPE | Errno::CONNRESET), "{error}"),
+        }
+    }
+    client
+}
+
+#[test]
+fn messages_that_are_no_line_close_the_client() {
+    let dir = temp_dir();
+    let path = dir.path().join("messages");
+    let machine = Held::start_with(&["--uds-seqpacket", path.to_str().unwrap()]);
+    let mut bystander = Bystander::new(&machine.path);
+    let long = [b'x'; 150_000];
+    let cases: [(&str, &[&[u8]]); 9] = [
+        ("an empty message", &[b""]),
+        ("a line behind an empty message", &[b"", b"CONNECT 5005\n"]),
+        ("a line in two messages", &[b"CONNECT ", b"5005\n"]),
+        ("a byte more than a line may have", &[b"CONNECT 5005                    \n"]),
+        ("a message as long as a socket takes", &[&long]),
+        ("several of them", &[&long, &long, &long]),
+        ("a zero behind the port", &[b"CONNECT 5005\0\n"]),
+        ("bytes that are no text", &[b"CONNECT \xff\xfe\n"]),
+        ("a line, and a port where nobody takes messages", &[b"CONNECT 5005\n", b"x", b""]),
+    ];
+    let mut round = |times: usize| {
+        for (name, messages) in cases {
+            let client = send_messages(&path, messages);
+            match recv(&client, &mut [0; 64][..], RecvFlags::empty()) {
+                Ok((len, _)) => assert_eq!(len, 0, "{name}: an answer"),
+                Err(error) => assert_eq!(error, Errno::CONNRESET, "{name}"),
+            }
+            bystander.is_served();
+            // Gone at once, behind the first message, behind all.
+            for _ in 0..times {
+                drop(send_messages(&path, &[]));
+                drop(send_messages(&path, &messages[..1]));
+                drop(send_messages(&path, messages));
+            }
+            bystander.is_served();
+        }
+    };
+    // Tables grow to what was needed at once, and stay so.
+    round(10);
+    let before = Holdings::of(machine.process());
+    round(40);
+    before.expect_no_more(machine.process());
     machine.end();
 }

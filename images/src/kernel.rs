@@ -321,12 +321,21 @@ mod tests {
 
     #[test]
     fn kernels_for_clouds_and_unpacked_ones_come_first() {
+        // Each was installed a second after the one before it.
         let of = |kernels: &[&str]| {
             let dir = machine(kernels);
+            for (second, name) in (1..).zip(kernels) {
+                let file = fs::File::options().write(true).open(dir.path().join(name)).unwrap();
+                let time =
+                    std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(second);
+                file.set_modified(time).unwrap();
+            }
             let kernel = Kernel::find_in(dir.path(), dir.path()).unwrap();
             kernel.path.file_name().unwrap().to_string_lossy().into_owned()
         };
         assert_eq!(of(&["vmlinuz-1-cloud-amd64", "vmlinuz-2-amd64"]), "vmlinuz-1-cloud-amd64");
+        assert_eq!(of(&["vmlinuz-2-amd64", "vmlinuz-1-amd64"]), "vmlinuz-1-amd64");
+        assert_eq!(of(&["vmlinuz-1-amd64", "vmlinuz-2-amd64"]), "vmlinuz-2-amd64");
         let dir = machine(&["vmlinuz-1"]);
         fs::remove_dir_all(dir.path().join("1")).unwrap();
         let error = Kernel::find_in(dir.path(), dir.path()).unwrap_err().to_string();

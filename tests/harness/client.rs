@@ -9,7 +9,10 @@ use agent_protocol::{AGENT_PORT, Hello, Reply, Request, frame};
 /// Connects as any client of the convention does, and returns the connection and the answer.
 pub fn connect(path: &Path, port: u32) -> (BufReader<UnixStream>, String) {
     let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    // Who is stalled fails rather than waits.
+    let patience = Some(std::time::Duration::from_secs(30));
+    stream.set_read_timeout(patience).unwrap();
+    stream.set_write_timeout(patience).unwrap();
     // A machine in the middle of a reset closes before it reads.
     let _ = writeln!(stream, "CONNECT {port}");
     let mut stream = BufReader::new(stream);

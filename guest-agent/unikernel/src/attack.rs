@@ -135,10 +135,7 @@ pub fn attack(victim: &mut impl Victim, random: &mut Random, rounds: u32) {
         match random.below(12) {
             0 => registers::noise(victim, random),
             1 | 2 => registers::broken_start(victim, random),
-            3 => {
-                registers::start(victim, random);
-                registers::change_while_live(victim, random);
-            }
+            3 => change_in_flight(victim, random),
             4..7 => {
                 registers::start(victim, random);
                 chains::junk(victim, random);
@@ -149,7 +146,7 @@ pub fn attack(victim: &mut impl Victim, random: &mut Random, rounds: u32) {
             }
             8 => {
                 registers::start(victim, random);
-                chains::requests(victim, random);
+                chains::requests(victim, random, leave);
             }
             9 => {
                 registers::start(victim, random);
@@ -157,7 +154,7 @@ pub fn attack(victim: &mut impl Victim, random: &mut Random, rounds: u32) {
             }
             _ => {
                 registers::start(victim, random);
-                packets::conversation(victim, random);
+                packets::conversation(victim, random, leave);
             }
         }
         // In the middle of whatever the device is doing.
@@ -166,6 +163,23 @@ pub fn attack(victim: &mut impl Victim, random: &mut Random, rounds: u32) {
         }
     }
 }
+
+/// Changes what is to stay as it is while a device runs, with chains in flight: buffers that stay with the device, requests that it
+/// may be at, packets that want answers.
+fn change_in_flight(victim: &mut impl Victim, random: &mut Random) {
+    registers::start(victim, random);
+    match random.below(3) {
+        0 => {
+            chains::buffers(victim);
+            registers::change_while_live(victim, random);
+        }
+        1 => chains::requests(victim, random, registers::change_while_live),
+        _ => packets::conversation(victim, random, registers::change_while_live),
+    }
+}
+
+/// Nothing more, where something could be done with chains in flight.
+fn leave<V: Victim>(_: &mut V, _: &mut Random) {}
 
 /// Where a queue's entry of its table is, in the arena.
 fn descriptor_at(queue: u32, index: u32) -> u32 {

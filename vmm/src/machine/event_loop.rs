@@ -206,7 +206,7 @@ impl Machine {
                 Message::VcpuStopped(at, stop) => self.handle_vcpu_stop(at, stop),
                 Message::Command(Command::Reset) => self.reset_or_stop(Cause::Host, Instant::now()),
                 Message::Command(Command::NewLife(cause, at)) => {
-                    self.begin_life(cause, at);
+                    self.note_life(cause, at);
                     None
                 }
                 Message::Command(Command::Nmi(via)) => {

@@ -51,7 +51,7 @@ impl Machine {
             event.complete(self.memory.ram(), &TRANSPORT_RESET);
         }
         // 5. A new life, which may know its number and its cause.
-        self.life += 1;
+        self.begin_life();
         if self.config.payload.has_agent() {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
@@ -62,14 +62,19 @@ impl Machine {
     }
 
     /// Counts a life that the guest has begun by itself.
-    pub(super) fn begin_life(&mut self, cause: Cause, at: Instant) {
-        self.life += 1;
+    pub(super) fn note_life(&mut self, cause: Cause, at: Instant) {
+        self.begin_life();
         self.tell_of_life(cause, at);
     }
 
-    fn tell_of_life(&mut self, cause: Cause, at: Instant) {
+    /// What is counted for each life begins anew. Before the guest runs: what it does then is the new life's.
+    fn begin_life(&mut self) {
+        self.life += 1;
         self.rested = false;
         self.devices.audit.iter().for_each(DmaAudit::begin_life);
+    }
+
+    fn tell_of_life(&self, cause: Cause, at: Instant) {
         // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
         let _ = self.events.send(Event::Reset { life: self.life, cause, at });
     }

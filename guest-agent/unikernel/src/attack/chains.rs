@@ -77,8 +77,12 @@ pub fn jump(victim: &mut impl Victim, random: &mut Random) {
 
 /// Sound chains with requests as a disk wants them (section 5.2.6) and any other device does not: known and unknown types,
 /// sectors behind any end, data of no or of too many bytes, no room for the status. The buffers of a source of entropy are
-/// among them, too.
-pub fn requests(victim: &mut impl Victim, random: &mut Random) {
+/// among them, too. `then` is done as soon as the device may be at them.
+pub fn requests<V: Victim>(
+    victim: &mut V,
+    random: &mut Random,
+    then: impl Fn(&mut V, &mut Random),
+) {
     const HEADER: u32 = 16;
     let queue = random.below(2);
     let count = 1 + random.below(QUEUE_SIZE / 4);
@@ -108,4 +112,20 @@ pub fn requests(victim: &mut impl Victim, random: &mut Random) {
     }
     announce(victim, queue, count as u16);
     victim.write(QUEUE_NOTIFY, queue);
+    then(victim, random);
+}
+
+/// Sound buffers for a device to write to, on every queue: for packets and events, which may be long in coming.
+pub fn buffers(victim: &mut impl Victim) {
+    const COUNT: u32 = 16;
+    const LEN: u32 = 128;
+    for queue in 0..QUEUES {
+        for index in 0..COUNT {
+            let buffer = victim.arena() + u64::from(BUFFERS + LEN * (COUNT * queue + index));
+            put_descriptor(victim, descriptor_at(queue, index), (buffer, LEN, WRITE, 0));
+            offer(victim, queue, index as u16, index as u16);
+        }
+        announce(victim, queue, COUNT as u16);
+        victim.write(QUEUE_NOTIFY, queue);
+    }
 }

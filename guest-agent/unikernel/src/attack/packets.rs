@@ -175,8 +175,13 @@ impl Sender {
     }
 }
 
-/// Packets of a few connections in any order, right ones and wrong ones, with lies about credit.
-pub fn conversation(victim: &mut impl Victim, random: &mut Random) {
+/// Packets of a few connections in any order, right ones and wrong ones, with lies about credit. `then` is done whenever the
+/// device may be at them.
+pub fn conversation<V: Victim>(
+    victim: &mut V,
+    random: &mut Random,
+    then: impl Fn(&mut V, &mut Random),
+) {
     let mut sender = Sender::new(victim, random);
     for _ in 0..1 + random.below(200) {
         // Often a connection that there is: it takes a request first.
@@ -193,6 +198,7 @@ pub fn conversation(victim: &mut impl Victim, random: &mut Random) {
         sender.send(victim, &header, payload);
         if random.once_in(3) {
             sender.kick(victim);
+            then(victim, random);
         }
     }
     sender.kick(victim);

@@ -73,9 +73,9 @@ pub fn broken_start(victim: &mut impl Victim, random: &mut Random) {
 /// What is to stay as it is while a device runs: rings moved, sizes, features and readiness rewritten, steps taken back; and
 /// queues notified that do not exist.
 pub fn change_while_live(victim: &mut impl Victim, random: &mut Random) {
-    for _ in 0..1 + random.below(32) {
+    for _ in 0..1 + random.below(16) {
         victim.write(QUEUE_SEL, random.one_of(&[0, 1, 2, 3, 64, u32::MAX]));
-        match random.below(7) {
+        match random.below(8) {
             0 => victim.write(QUEUE_READY, random.below(3)),
             1 => victim.write(QUEUE_SIZE_NOW, random.edge()),
             2 => {
@@ -88,10 +88,18 @@ pub fn change_while_live(victim: &mut impl Victim, random: &mut Random) {
                 victim.write(DRIVER_FEATURES_SEL, random.below(4));
                 victim.write(DRIVER_FEATURES, random.word() as u32);
             }
-            4 => victim.write(STATUS, random.one_of(&[1, 3, 7, 11, 0x40, 0x80, 0x8f, u32::MAX])),
+            4 => move_queue(victim, random),
+            5 => victim.write(STATUS, random.one_of(&[1, 3, 7, 11, 0x40, 0x80, 0x8f, u32::MAX])),
             _ => victim.write(QUEUE_NOTIFY, random.edge()),
         }
     }
+}
+
+/// Takes the selected queue back and sets it up on some queue's rings, as if it were not in use.
+fn move_queue(victim: &mut impl Victim, random: &mut Random) {
+    victim.write(QUEUE_READY, 0);
+    place_queue(victim, rings(victim, random.below(QUEUES)));
+    victim.write(QUEUE_READY, 1);
 }
 
 /// From reset to FEATURES_OK. Without `features` the driver takes some of those on offer, as it should.
@@ -124,13 +132,20 @@ fn set_up_queue(victim: &mut impl Victim, queue: u32, size: u32, places: Option<
     for ring in [AVAILABLE, USED] {
         victim.put(base + ring, &[0; 4]);
     }
-    let start = victim.arena() + u64::from(base);
-    let here = [start, start + u64::from(AVAILABLE), start + u64::from(USED)];
-    for (register, place) in
-        [QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE].into_iter().zip(places.unwrap_or(here))
-    {
+    place_queue(victim, places.unwrap_or(rings(victim, queue)));
+    victim.write(QUEUE_READY, 1);
+}
+
+/// Where a queue's rings are in the arena: table, available, used.
+fn rings(victim: &impl Victim, queue: u32) -> [u64; 3] {
+    let start = victim.arena() + u64::from(queue * QUEUE_BYTES);
+    [start, start + u64::from(AVAILABLE), start + u64::from(USED)]
+}
+
+/// Says where the selected queue's rings are.
+fn place_queue(victim: &mut impl Victim, places: [u64; 3]) {
+    for (register, place) in [QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE].into_iter().zip(places) {
         victim.write(register, place as u32);
         victim.write(register + 4, (place >> 32) as u32);
     }
-    victim.write(QUEUE_READY, 1);
 }

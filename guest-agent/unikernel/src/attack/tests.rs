@@ -7,7 +7,21 @@ use core::ops::Range;
 /// A device that accepts everything, and remembers it.
 struct Recorder {
     accesses: Vec<(u32, Option<u32>)>,
+    /// Writes while a driver ran and some queue had chains.
+    in_flight: Vec<(u32, u32)>,
+    status: u32,
     arena: Vec<u8>,
+}
+
+impl Recorder {
+    fn new() -> Self {
+        let arena = alloc::vec![0; ARENA_LEN as usize];
+        Self { accesses: Vec::new(), in_flight: Vec::new(), status: 0, arena }
+    }
+
+    fn has_chains(&self, queue: u32) -> bool {
+        self.arena[(queue * QUEUE_BYTES + AVAILABLE + 2) as usize..][..2] != [0; 2]
+    }
 }
 
 const FREE: Range<u64> = 0x100_0000..0x800_0000;
@@ -24,6 +38,12 @@ impl Victim for Recorder {
 
     fn write(&mut self, offset: u32, value: u32) {
         self.accesses.push((offset, Some(value)));
+        if self.status & 4 != 0 && (0..QUEUES).any(|queue| self.has_chains(queue)) {
+            self.in_flight.push((offset, value));
+        }
+        if offset == registers::STATUS {
+            self.status = value;
+        }
     }
 
     fn put(&mut self, at: u32, bytes: &[u8]) {
@@ -40,7 +60,7 @@ impl Victim for Recorder {
 }
 
 fn recorded(seed: u64, life: u32) -> Recorder {
-    let mut victim = Recorder { accesses: Vec::new(), arena: alloc::vec![0; ARENA_LEN as usize] };
+    let mut victim = Recorder::new();
     attack(&mut victim, &mut Random::new(seed, life), 300);
     victim
 }
@@ -63,6 +83,34 @@ fn an_attack_writes_every_register_that_matters_and_none_beyond() {
     assert!(accesses.iter().all(|(offset, _)| *offset < 0x1000 && offset % 4 == 0));
     let unknown_queue = |(offset, value): &(u32, Option<u32>)| *offset == 0x50 && *value > Some(3);
     assert!(accesses.iter().any(unknown_queue));
+}
+
+#[test]
+fn rings_move_features_change_and_queues_go_with_chains_in_flight() {
+    const FEATURES: u32 = 0x20;
+    const READY: u32 = 0x44;
+    const RINGS: [u32; 3] = [0x80, 0x90, 0xa0];
+    let mut random = Random::new(1, 1);
+    let mut seen = [0; 6];
+    for _ in 0..300 {
+        let mut victim = Recorder::new();
+        change_in_flight(&mut victim, &mut random);
+        let made = |offset, of: fn(u32) -> bool| {
+            victim.in_flight.iter().any(|&(at, value)| at == offset && of(value))
+        };
+        seen[0] += u32::from(made(READY, |value| value == 0));
+        seen[1] += u32::from(made(FEATURES, |_| true));
+        // Taken back, moved, and used again.
+        let moves = victim.in_flight.windows(8).any(|writes| {
+            let at = |step: usize| writes[step].0;
+            let places = (0..6).all(|half| at(half + 1) == RINGS[half / 2] + 4 * (half as u32 % 2));
+            places && writes[0] == (READY, 0) && writes[7] == (READY, 1)
+        });
+        seen[2] += u32::from(moves);
+        let queues = [0, 1, 2].map(|queue| victim.has_chains(queue));
+        seen[3..].iter_mut().zip(queues).for_each(|(seen, has)| *seen += u32::from(has));
+    }
+    assert!(seen.iter().all(|&times| times > 50), "{seen:?}");
 }
 
 #[test]
