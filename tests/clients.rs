@@ -284,6 +284,6 @@ fn messages_that_are_no_line_close_the_client() {
     round(10);
     let before = Holdings::of(machine.process());
     round(40);
-    before.expect_no_more(machine.process());
+    machine.expect_no_more(before);
     machine.end();
 }
