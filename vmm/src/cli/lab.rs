@@ -1,5 +1,7 @@
 //! `cleanslate lab`: a command of this program in a Linux under QEMU.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -76,8 +78,10 @@ enum UsageError {
          copy; give it at least {least}"
     )]
     Room { files: u64, mem: u64, least: u64 },
-    #[error("--fetch {0:?} is a directory's name; name a file")]
+    #[error("--fetch {0:?} is no file's name")]
     Fetch(String),
+    #[error("--file names two files {0:?}, and the lab has one directory for all")]
+    SameName(OsString),
 }
 
 pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
@@ -95,7 +99,15 @@ pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
         }
         None => Work::Program(arguments.command),
     };
-    if let Some(name) = arguments.fetch.iter().find(|name| name.ends_with(['/', '.'])) {
+    let mut seen = BTreeSet::new();
+    let mut names = arguments.file.iter().filter_map(|path| path.file_name());
+    if let Some(name) = names.find(|name| !seen.insert(*name)) {
+        return Err(UsageError::SameName(name.into()).into());
+    }
+    let is_none = |name: &&String| {
+        name.is_empty() || name.ends_with(['/', '.']) || name.contains(char::is_control)
+    };
+    if let Some(name) = arguments.fetch.iter().find(is_none) {
         return Err(UsageError::Fetch(name.clone()).into());
     }
     let interrupts = Interrupts::catch_as_started()?;
