@@ -129,9 +129,17 @@ fn what_the_user_got_wrong_is_one_line() {
     refused(&["lab"], "COMMAND");
     refused(&["lab", "--", "run", "--resets"], "a value is required");
     refused(&["lab", "--script", "/no/such", "--timeout", "5"], "read \"/no/such\"");
+    refused(&["lab", "--script", "/dev/null", "--timeout", "5"], "not a regular file");
     refused(&["lab", "--file", "/no/such", "--", "run"], "read \"/no/such\"");
-    refused(&["lab", "--fetch", "directory/", "--", "run"], "is a directory's name");
+    refused(&["lab", "--file", "/dev/zero", "--timeout", "5", "--", "run"], "not a regular file");
+    refused(&["lab", "--fetch", "directory/", "--", "run"], "is no file's name");
+    refused(&["lab", "--fetch", "", "--", "run"], "\"\" is no file's name");
+    refused(&["lab", "--fetch", "a\nb", "--", "run"], "is no file's name");
+    refused(&["lab", "--file", "a/x", "--file", "b/x", "--", "run"], "names two files \"x\"");
     refused(&["lab", "--mem", "1", "--", "run"], "1 is not in 256..");
+    if lab().is_some() {
+        refused(&["lab", "--mem", "256", "--timeout", "5", "--", "run"], "give it at least");
+    }
     let mut command = cleanslate(&["lab", "--", "run"]);
     command.env("PATH", "/nowhere");
     let outcome = Started::new(command).finish("cleanslate lab without QEMU").expect_status(2);

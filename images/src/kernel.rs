@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 const KERNELS: &str = "/boot";
 /// Where they install modules, in a directory for each release.
 const MODULES: &str = "/lib/modules";
+/// What one file may have: more than any kernel, and less than an archive's 4 GiB.
+const MAX_BYTES: u64 = 1 << 30;
 
 /// Why there is no kernel, or none that can be used.
 #[derive(Debug, thiserror::Error)]
@@ -236,9 +238,22 @@ fn is_module(file: &str, name: &str) -> bool {
     last.split_once(".ko").is_some_and(|(stem, _)| plain(stem) == plain(name))
 }
 
-/// Reads a file that a kernel is made of.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
-    fs::read(path).map_err(|source| KernelError::Read { path: path.into(), source })
+/// Reads a regular file of up to [`MAX_BYTES`]. Others may block or have no end.
+///
+/// # Errors
+/// [`KernelError::Read`].
+pub fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
+    let invalid = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
+    let bytes = fs::metadata(path).and_then(|metadata| {
+        if !metadata.is_file() {
+            return Err(invalid("not a regular file"));
+        }
+        if metadata.len() > MAX_BYTES {
+            return Err(invalid("larger than 1 GiB"));
+        }
+        fs::read(path)
+    });
+    bytes.map_err(|source| KernelError::Read { path: path.into(), source })
 }
 
 /// The release in a kernel's file: in the header of a bzImage (arch/x86/boot.rst, `kernel_version`), in the banner of an ELF.
@@ -278,6 +293,22 @@ mod tests {
         assert_eq!(release(&image), None);
         assert_eq!(release(b"\x7fELF without a banner"), None);
         assert_eq!(release(b""), None);
+    }
+
+    #[test]
+    fn only_regular_files_of_some_size_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("large");
+        fs::File::create(&path).unwrap().set_len(MAX_BYTES + 1).unwrap();
+        let why = |path: &Path| match read(path).unwrap_err() {
+            KernelError::Read { source, .. } => source.to_string(),
+            other => panic!("{other}"),
+        };
+        assert_eq!(why(&path), "larger than 1 GiB");
+        assert_eq!(why(dir.path()), "not a regular file");
+        assert_eq!(why(Path::new("/dev/null")), "not a regular file");
+        fs::write(&path, b"small").unwrap();
+        assert_eq!(read(&path).unwrap(), b"small");
     }
 
     #[test]

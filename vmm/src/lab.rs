@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -279,11 +279,13 @@ fn copy(
     })
 }
 
-fn read_results(mut from: UnixStream, outbox: Sender<Event>) -> io::Result<()> {
+fn read_results(from: UnixStream, outbox: Sender<Event>) -> io::Result<()> {
     spawn("results", move || {
+        /// More than a lab with the RAM that it has by default can hold.
+        const MOST: u64 = 1 << 30;
         let mut bytes = Vec::new();
         // An end that is no clean one shows in what is missing.
-        let _ = from.read_to_end(&mut bytes);
+        let _ = from.take(MOST).read_to_end(&mut bytes);
         let _ = outbox.send(Event::Results(bytes));
     })
 }
@@ -316,6 +318,9 @@ pub enum FetchError {
     /// The command left none of that name.
     #[error("the command left no file {0:?} in the lab")]
     Missing(String),
+    /// What it left of that name is a directory or a link.
+    #[error("{0:?} is no regular file in the lab")]
+    NoFile(String),
     /// It cannot be written here.
     #[error("write {path:?}")]
     Write {
@@ -343,17 +348,34 @@ pub fn fetch(mut archive: &[u8], names: &[String]) -> Result<(), FetchError> {
         archive = match wanted.map(|place| missing.swap_remove(place)) {
             Some(name) => {
                 let path = PathBuf::from(name.rsplit('/').next().unwrap_or_default());
+                const KIND: u32 = 0o170_000;
+                const REGULAR: u32 = 0o100_000;
+                if reader.entry().mode() & KIND != REGULAR {
+                    return Err(FetchError::NoFile(name));
+                }
                 let mut reader = reader;
                 let mut bytes = Vec::new();
                 reader.read_to_end(&mut bytes).map_err(FetchError::Broken)?;
-                std::fs::write(&path, bytes)
-                    .map_err(|source| FetchError::Write { path, source })?;
+                write_whole(&path, &bytes).map_err(|source| FetchError::Write { path, source })?;
                 reader.finish().map_err(FetchError::Broken)?
             }
             None => reader.finish().map_err(FetchError::Broken)?,
         };
     }
     Ok(())
+}
+
+/// Under another name first, so that what has the name is whole.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".part");
+    let written = std::fs::write(&unfinished, bytes);
+    let renamed = written.and_then(|()| std::fs::rename(&unfinished, path));
+    if renamed.is_err() {
+        // It is of no use to anybody.
+        let _ = std::fs::remove_file(&unfinished);
+    }
+    renamed
 }
 
 fn plain(name: &str) -> &str {
@@ -400,6 +422,10 @@ mod tests {
         let archive = archive.finish();
         let error = fetch(&archive, &["wanted".into()]).unwrap_err();
         assert_eq!(error.to_string(), "the command left no file \"wanted\" in the lab");
+        let mut directory = images::archive::Archive::default();
+        directory.directory("/wanted");
+        let error = fetch(&directory.finish(), &["wanted".into()]).unwrap_err();
+        assert_eq!(error.to_string(), "\"wanted\" is no regular file in the lab");
         assert!(fetch(&archive[..20], &["wanted".into()]).is_err());
         assert!(fetch(&[], &[]).is_ok());
     }

@@ -1,6 +1,7 @@
 //! `cleanslate lab`: a command of this program in a Linux under QEMU.
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -70,10 +71,17 @@ pub(super) struct Arguments {
 /// Input of the user's that is wrong.
 #[derive(Debug, thiserror::Error)]
 enum UsageError {
-    #[error("read {0:?}")]
-    Read(PathBuf, #[source] std::io::Error),
-    #[error("--fetch {0:?} is a directory's name; name a file")]
+    #[error("--script {0:?} is no text in UTF-8")]
+    Script(PathBuf),
+    #[error(
+        "the lab's files have {files} MiB, and --mem {mem} has no room for them and their unpacked \
+         copy; give it at least {least}"
+    )]
+    Room { files: u64, mem: u64, least: u64 },
+    #[error("--fetch {0:?} is no file's name")]
     Fetch(String),
+    #[error("--file names two files {0:?}, and the lab has one directory for all")]
+    SameName(OsString),
 }
 
 pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
@@ -86,17 +94,31 @@ pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
     }
     let work = match arguments.script {
         Some(path) => {
-            Work::Script(fs::read_to_string(&path).map_err(|e| UsageError::Read(path, e))?)
+            let text = String::from_utf8(images::kernel::read(&path)?);
+            Work::Script(text.map_err(|_| UsageError::Script(path))?)
         }
         None => Work::Program(arguments.command),
     };
-    if let Some(name) = arguments.fetch.iter().find(|name| name.ends_with(['/', '.'])) {
+    let mut seen = BTreeSet::new();
+    let mut names = arguments.file.iter().filter_map(|path| path.file_name());
+    if let Some(name) = names.find(|name| !seen.insert(*name)) {
+        return Err(UsageError::SameName(name.into()).into());
+    }
+    let is_none = |name: &&String| {
+        name.is_empty() || name.ends_with(['/', '.']) || name.contains(char::is_control)
+    };
+    if let Some(name) = arguments.fetch.iter().find(is_none) {
         return Err(UsageError::Fetch(name.clone()).into());
     }
     let interrupts = Interrupts::catch_as_started()?;
     let found = FileSystem::find()?;
     let program = Path::new("/proc/self/exe");
     let file_system = found.file_system(program, &work, &arguments.file, &arguments.fetch)?;
+    let least = least_mem(file_system.len() as u64);
+    if arguments.mem < least {
+        let files = file_system.len() as u64 >> 20;
+        return Err(UsageError::Room { files, mem: arguments.mem, least }.into());
+    }
     let lab = Lab {
         kernel: found.kernel,
         file_system,
@@ -115,5 +137,24 @@ pub(super) fn main(arguments: Arguments) -> Result<u8, Error> {
             Ok(exit::INTERRUPTED)
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// MiB of RAM that a lab of so many bytes takes: as they come and unpacked, both at once, and Linux itself. With less the kernel
+/// panics over what it could not unpack, or hangs before it has a console. Linux 6.1 with 76 MiB: 272 are too few, 288 enough.
+fn least_mem(file_system: u64) -> u64 {
+    const LINUX_MIB: u64 = 136;
+    2 * file_system.div_ceil(1 << 20) + LINUX_MIB
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_there_twice_while_linux_unpacks_them() {
+        assert_eq!(least_mem(0), 136);
+        assert_eq!(least_mem(1), 138);
+        assert_eq!(least_mem(900 << 20), 1936);
     }
 }
