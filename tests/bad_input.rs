@@ -123,7 +123,11 @@ fn the_agent_image_overwrites_nothing() {
 
 #[test]
 fn wrong_flags_are_refused_with_the_remedy() {
-    refused(run(&["run", "--reset-via", "kexec"]), "known are host, i8042, cf9, acpi, triple");
+    refused(
+        run(&["run", "--reset-via", "keyboard"]),
+        "known are host, i8042, cf9, acpi, triple; for Linux also",
+    );
+    refused(run(&["soak", "--causes", "kexec"]), "known are host, i8042, cf9, acpi, triple");
     refused(run(&["run", "--initrd", "x"]), "--kernel");
     refused(run(&["run", "--resets", "-1"]), "unexpected argument '-1'");
     refused(run(&["walk"]), "unrecognized subcommand 'walk'; see --help");

@@ -40,7 +40,10 @@ fn a_thousand_resets_are_clean_and_leave_nothing() {
         Holdings::of(machine).descriptors <= after_ten.descriptors
     });
     let after_all = Holdings::of(machine);
-    assert!(after_all.resident_kib <= after_ten.resident_kib, "{after_ten:?} became {after_all:?}");
+    // Percentiles take eight bytes of a life, in pages.
+    const SLACK_KIB: u64 = 16;
+    let grown = after_all.resident_kib > after_ten.resident_kib + SLACK_KIB;
+    assert!(!grown, "{after_ten:?} became {after_all:?}");
     assert_eq!(after_all.threads, after_ten.threads);
     signal(&program.child, rustix::process::Signal::INT);
     program.finish("cleanslate run --resets 1000 --hold").expect_status(0);
