@@ -34,12 +34,14 @@ fn count(change: isize) {
 
 // SAFETY: everything is the system's; counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
+    // SAFETY: the trait's own requirements, which the caller keeps.
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
         // SAFETY: as the caller vouches.
         unsafe { System.alloc(layout) }
     }
 
+    // SAFETY: the trait's own requirements, which the caller keeps.
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
         // SAFETY: as the caller vouches.

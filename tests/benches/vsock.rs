@@ -49,12 +49,14 @@ static HEAP: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: all of it is the system's allocator, which keeps what it promises; the counter is beside it.
 unsafe impl GlobalAlloc for Counting {
+    // SAFETY: the trait's own requirements, which the caller keeps.
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         HEAP.fetch_add(layout.size(), Ordering::Relaxed);
         // SAFETY: the caller's promises are those of the system's allocator.
         unsafe { System.alloc(layout) }
     }
 
+    // SAFETY: the trait's own requirements, which the caller keeps.
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         HEAP.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: as above.
