@@ -4,12 +4,14 @@
 //! `cargo bench --bench disk` prints a table: the median of the rounds, the slowest and the fastest, and the ratio to the
 //! file. `-- --quick` shows in a few seconds that all of it still works.
 
+mod held;
+
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use agent_protocol::{AGENT_PORT, DiskAnswer, DiskRequest, Sweep};
@@ -152,13 +154,7 @@ impl Machine {
     fn start(disk: &Path, socket: &Path) -> Self {
         let mut command = Command::new(PROGRAM);
         command.args(["run", "--hold", "--uds"]).arg(socket).arg("--disk").arg(disk);
-        let mut program =
-            command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("start a machine");
-        let stdout = BufReader::new(program.stdout.take().expect("it is a pipe"));
-        assert!(
-            stdout.lines().map_while(Result::ok).any(|line| line.contains("clean: ")),
-            "the machine is not clean"
-        );
+        let program = held::start(command);
         let mut stream = UnixStream::connect(socket).expect("connect");
         writeln!(stream, "CONNECT {AGENT_PORT}").expect("ask for the agent");
         let mut byte = [0];

@@ -4,10 +4,10 @@
 //! ratio is of figures of the same moment. `-- --quick` shows in some seconds that all of it still works. A round trip is a
 //! message of 64 bytes that the agent sends back to a client of the machine's socket, as `cleanslate probe` measures it.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use agent_protocol::AGENT_PORT;
@@ -16,6 +16,7 @@ use vmm::agent::Agent;
 
 #[path = "probe/floor.rs"]
 mod floor;
+mod held;
 #[allow(dead_code, reason = "a test wants more of it")]
 #[path = "../harness/holdings.rs"]
 mod holdings;
@@ -110,13 +111,7 @@ impl Machine {
         let path = dir.path().join("vsock");
         let mut command = Command::new(PROGRAM);
         command.args(["run", "--hold", "--no-jail", "--uds"]).arg(&path);
-        let mut program =
-            command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("start a machine");
-        let stdout = BufReader::new(program.stdout.take().expect("it is a pipe"));
-        assert!(
-            stdout.lines().map_while(Result::ok).any(|line| line.contains("clean: ")),
-            "the machine is not clean"
-        );
+        let program = held::start(command);
         Self { program, path, _dir: dir }
     }
 
