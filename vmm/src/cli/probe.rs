@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use jailer::User;
@@ -270,8 +270,7 @@ impl<'a> Session<'a> {
                     self.hear_machine(said);
                     if self.is_closed && self.report.ending == Ending::Complete {
                         stop.store(true, Ordering::Relaxed);
-                        let why = ProbeError::Machine(self.last_words()?).to_string();
-                        self.report.ending = Ending::Failed(why);
+                        self.fail_with_machine()?;
                     }
                 }
                 Ok(Event::Signal) => {
@@ -279,6 +278,13 @@ impl<'a> Session<'a> {
                     self.report.ending = Ending::Interrupted;
                 }
                 Ok(Event::Done(ended)) => {
+                    if ended.is_err() && self.report.ending == Ending::Complete {
+                        // A machine that dies may be heard of by its clients first.
+                        self.await_end_of_machine();
+                        if self.is_closed {
+                            self.fail_with_machine()?;
+                        }
+                    }
                     self.progress.clear();
                     return match &self.report.ending {
                         Ending::Complete => Ok(ended?),
@@ -291,6 +297,26 @@ impl<'a> Session<'a> {
                 }
             }
         }
+    }
+
+    /// Hears the machine until it has said all, if that comes soon.
+    fn await_end_of_machine(&mut self) {
+        let deadline = Instant::now() + GRACE;
+        while self.machine.is_some() && !self.is_closed {
+            match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Machine(said)) => self.hear_machine(said),
+                Ok(Event::Signal) => return self.report.ending = Ending::Interrupted,
+                Ok(Event::Probe(_) | Event::Done(_)) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// The probe failed since its machine, which has ended, did.
+    fn fail_with_machine(&mut self) -> Result<(), Error> {
+        let why = ProbeError::Machine(self.last_words()?).to_string();
+        self.report.ending = Ending::Failed(why);
+        Ok(())
     }
 
     /// Has the machine end, and say what it has seen.
@@ -308,8 +334,7 @@ impl<'a> Session<'a> {
             }
         }
         if self.report.ending == Ending::Complete && self.held.is_none() {
-            let why = ProbeError::Machine(self.last_words()?).to_string();
-            self.report.ending = Ending::Failed(why);
+            self.fail_with_machine()?;
         }
         self.report.hear_machine(&self.findings, self.held.take());
         Ok(())
