@@ -12,7 +12,7 @@ const AGENT: &str = "cleanslate-agent";
 const LINUX_AGENT: &str = "cleanslate-linux-agent";
 
 /// Settings of the monitor's build that must not reach the agent's.
-const FOREIGN: [&str; 7] = [
+const FOREIGN: [&str; 8] = [
     "RUSTFLAGS",
     "CARGO_BUILD_RUSTFLAGS",
     "CARGO_BUILD_TARGET",
@@ -20,6 +20,8 @@ const FOREIGN: [&str; 7] = [
     "CARGO_TARGET_DIR",
     "RUSTC_WRAPPER",
     "RUSTC_WORKSPACE_WRAPPER",
+    // Cannot be had together with optimization at link time.
+    "CARGO_INCREMENTAL",
 ];
 
 fn main() {
