@@ -27,6 +27,7 @@ pub mod memory;
 pub mod page;
 pub mod probe;
 pub mod schedule;
+pub mod snapshot;
 pub mod soak;
 pub mod verify;
 pub mod vsock_client;
