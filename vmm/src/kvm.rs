@@ -65,13 +65,16 @@ pub enum KvmError {
         source: io::Error,
     },
     /// A register could not be put back; the machine would carry state of its earlier life.
-    #[error("put back MSR {index:#x}: KVM refused the value {value:#x} that it had at power-on")]
+    #[error("put back MSR {index:#x}: KVM refused the value {value:#x} that it had")]
     Msr {
         /// Register number.
         index: u32,
         /// The value wanted.
         value: u64,
     },
+    /// A register could be read when the machine was built, and cannot be any more.
+    #[error("get MSR {0:#x}: KVM does not give it any more")]
+    MsrGone(u32),
 }
 
 impl KvmError {

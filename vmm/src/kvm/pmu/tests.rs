@@ -105,7 +105,7 @@ fn a_hidden_pmu_leaves_no_trace_in_cpuid() {
     assert_eq!(Leaf::get(&cpuid, 0xa, 0), Leaf::default());
     assert_eq!(Leaf::get(&cpuid, AMD_EXTENDED_FEATURES, 0).ecx & 1 << 23, 0);
     assert_eq!(Leaf::get(&cpuid, 0x8000_0022, 0), Leaf::default());
-    assert_eq!(intel_sequence(&cpuid, &Faults::default()), []);
+    assert_eq!(Registers::intel(&cpuid, &Faults::default()).sequence(|_| Some(0)), []);
 }
 #[test]
 fn a_shown_pmu_is_what_the_sequence_and_the_model_take_it_for() {
