@@ -22,7 +22,7 @@ use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
-use crate::lifecycle::{self, LifecycleError, Plan};
+use crate::lifecycle::{self, LifecycleError, Plan, ResidueCheck};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
 use crate::memory;
 use crate::schedule::{Moment, Schedule};
@@ -263,13 +263,12 @@ impl Arguments {
                 (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept)
             }
         };
+        let mem_mib = self.mem.unwrap_or(match self.guest {
+            Guest::Unikernel => 128,
+            Guest::Linux => 256,
+        });
         Ok(Config {
-            payload,
             command_line: self.cmdline.clone(),
-            mem_mib: self.mem.unwrap_or(match self.guest {
-                Guest::Unikernel => 128,
-                Guest::Linux => 256,
-            }),
             vcpus: self.vcpus,
             pmu: self.pmu,
             pmu_shape: self.pmu_shape()?,
@@ -284,8 +283,7 @@ impl Arguments {
             disks: self.disk.clone(),
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
-            // The jail knows.
-            seccomp: false,
+            ..Config::new(payload, mem_mib)
         })
     }
 
@@ -412,7 +410,7 @@ fn lead(
         resets: arguments.resets,
         schedule: arguments.schedule(),
         nmis: arguments.nmi,
-        poison: arguments.poison,
+        residue: if arguments.poison { ResidueCheck::Poison } else { ResidueCheck::Off },
         arms_pmu: arguments.pmu != PmuPolicy::Off,
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout.unwrap_or(match arguments.guest {
