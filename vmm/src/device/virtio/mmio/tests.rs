@@ -5,6 +5,7 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::bus::Device;
 use crate::device::ioapic::{IoApic, Msi, MsiSink};
+use crate::device::virtio::SavedDevice;
 
 const FEATURE: u64 = 1 << 3;
 
@@ -14,6 +15,7 @@ struct Fake {
     kicks: Vec<u16>,
     resets: u32,
     broken: bool,
+    positions: Vec<Option<RingPosition>>,
 }
 
 impl VirtioDevice for Fake {
@@ -39,6 +41,29 @@ impl VirtioDevice for Fake {
     }
     fn needs_reset(&self) -> bool {
         self.broken
+    }
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        self.positions.clone()
+    }
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Rng
+    }
+    fn restore(
+        &mut self,
+        _: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError> {
+        self.broken = needs_reset;
+        if let Some(driver) = driver {
+            let position = |queue: &Queue| RingPosition {
+                next_available: queue.next_avail(),
+                next_used: queue.next_used(),
+            };
+            self.positions = driver.queues.iter().map(|q| Some(position(&q.queue))).collect();
+            self.activate(driver);
+        }
+        Ok(())
     }
     fn reset(&mut self) {
         self.resets += 1;
