@@ -28,6 +28,7 @@ pub mod page;
 pub mod probe;
 pub mod sandbox;
 pub mod schedule;
+pub mod snapshot;
 pub mod soak;
 pub mod verify;
 pub mod vsock_client;
