@@ -24,6 +24,7 @@ pub mod vm;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+pub use kvm_bindings::CpuId;
 pub use kvm_ioctls::Kvm;
 
 /// Why KVM did not do what was asked. All are host failures.

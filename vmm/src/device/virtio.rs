@@ -1,7 +1,7 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
 pub mod audit;
-pub(in crate::device) mod bell;
+pub(crate) mod bell;
 pub(crate) mod chain;
 pub mod mmio;
 mod saved;

@@ -141,14 +141,23 @@ impl Vm {
         Ok(Some(Arc::new(writes)))
     }
 
-    /// Sets the machine's paravirtual clock to zero, as at power-on.
+    /// The machine's paravirtual clock, in nanoseconds.
     ///
     /// # Errors
     /// [`KvmError::Request`].
-    pub fn reset_clock(&self) -> Result<(), KvmError> {
+    pub fn clock_ns(&self) -> Result<u64, KvmError> {
+        let clock = self.fd.get_clock().map_err(KvmError::request("get the paravirtual clock"))?;
+        Ok(clock.clock)
+    }
+
+    /// Sets it; at power-on it is at 0.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn set_clock_ns(&self, clock: u64) -> Result<(), KvmError> {
         self.fd
-            .set_clock(&kvm_clock_data::default())
-            .map_err(KvmError::request("reset the paravirtual clock"))
+            .set_clock(&kvm_clock_data { clock, ..Default::default() })
+            .map_err(KvmError::request("set the paravirtual clock"))
     }
 }
 

@@ -91,7 +91,14 @@ fn wait(machine: &Handle) -> Stop {
             Some(Event::Reset { life, cause, .. }) => {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
-            Some(Event::Nmi(_) | Event::Rested) | None => {}
+            Some(
+                Event::Nmi(_)
+                | Event::Rested
+                | Event::Paused
+                | Event::Resumed
+                | Event::Snapshot(_),
+            )
+            | None => {}
         }
     }
 }
