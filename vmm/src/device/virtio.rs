@@ -4,8 +4,8 @@ pub mod audit;
 pub(crate) mod bell;
 pub(crate) mod chain;
 pub mod mmio;
-mod saved;
 pub(crate) mod ring;
+mod saved;
 pub mod stale;
 #[cfg(test)]
 pub(in crate::device) mod testing;

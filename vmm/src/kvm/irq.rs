@@ -79,7 +79,9 @@ impl MsiSink for IrqRouter {
     fn await_end(&self, pin: usize, msi: Msi) {
         let mut lines = self.lock();
         if let Err(error) = self.set_route(&mut lines, pin, msi) {
-            eprintln!("cleanslate: the end of an interrupt on pin {pin} will not be heard: {error}");
+            eprintln!(
+                "cleanslate: the end of an interrupt on pin {pin} will not be heard: {error}"
+            );
         }
     }
 }

@@ -14,8 +14,8 @@ use super::pmu::VcpuPmu;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
-    Config, Devices, Handle, Host, Interrupts, Machine, MachineError, Message,
-    Resources, VirtioDevices,
+    Config, Devices, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+    VirtioDevices,
 };
 use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, lock};

@@ -13,7 +13,10 @@ impl Machine {
     pub(super) fn pause(&mut self) -> Result<(), KvmError> {
         if self.paused.is_none() {
             self.park_vcpus();
-            self.vcpus.iter().filter_map(|(thread, _)| thread.pmu()).try_for_each(|pmu| pmu.stop())?;
+            self.vcpus
+                .iter()
+                .filter_map(|(thread, _)| thread.pmu())
+                .try_for_each(|pmu| pmu.stop())?;
             self.paused = Some(Instant::now());
         }
         self.events.send(Event::Paused);

@@ -15,11 +15,11 @@ use super::{Config, Machine, MachineError};
 use crate::boot::{self, Payload};
 use crate::bus::lock;
 use crate::device::console::{Overfull, SavedConsole};
+use crate::device::ioapic;
 use crate::device::nmi_status::NmiStatus;
 use crate::device::pmu::{SavedPmu, Shape};
 use crate::device::reset_ports::ResetControl;
 use crate::device::virtio::{self, SavedMmio};
-use crate::device::ioapic;
 use crate::kvm::KvmError;
 use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::state::{StateError, VcpuState};
@@ -151,7 +151,9 @@ struct SavedVcpu {
 
 impl fmt::Debug for MachineState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MachineState").field("description", &self.description).finish_non_exhaustive()
+        f.debug_struct("MachineState")
+            .field("description", &self.description)
+            .finish_non_exhaustive()
     }
 }
 
@@ -327,10 +329,13 @@ impl Machine {
         lock(&self.devices.nmi_status).restore(&state.nmi_status);
         lock(&self.devices.reset_control).restore(&state.reset_control);
         lock(&self.devices.console).restore(&state.console).map_err(RestoreError::from)?;
-        for (slot, (device, saved)) in self.devices.virtio.all.iter().zip(&state.virtio).enumerate() {
-            lock(device)
-                .restore(saved)
-                .map_err(|source| RestoreError::Device { name: saved.name(), slot, source })?;
+        for (slot, (device, saved)) in self.devices.virtio.all.iter().zip(&state.virtio).enumerate()
+        {
+            lock(device).restore(saved).map_err(|source| RestoreError::Device {
+                name: saved.name(),
+                slot,
+                source,
+            })?;
         }
         Ok(())
     }

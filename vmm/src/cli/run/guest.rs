@@ -92,11 +92,7 @@ fn wait(machine: &Handle) -> Stop {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
             Some(
-                Event::Nmi(_)
-                | Event::Rested
-                | Event::Paused
-                | Event::Resumed
-                | Event::Snapshot(_),
+                Event::Nmi(_) | Event::Rested | Event::Paused | Event::Resumed | Event::Snapshot(_),
             )
             | None => {}
         }

@@ -17,8 +17,8 @@ use virtio_bindings::bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 
 use super::audit::DeviceAudit;
-use super::stale::StaleRequest;
 use super::saved::{RestoreError, RingPosition, SavedMmio, SavedQueue};
+use super::stale::StaleRequest;
 use super::{Driver, DriverQueue, F_ACCESS_PLATFORM, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{self, Effect};
 use crate::device::ioapic::Pin;
@@ -181,9 +181,10 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
             return Err(RestoreError::Features(saved.offered_features, self.features()));
         }
         self.registers = self.checked(saved)?;
-        self.interrupt
-            .status
-            .store(saved.interrupt & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG), Ordering::SeqCst);
+        self.interrupt.status.store(
+            saved.interrupt & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG),
+            Ordering::SeqCst,
+        );
         let runs = self.has(DRIVER_OK) && !saved.needs_reset;
         let driver = runs.then(|| self.driver(&saved.positions));
         self.device.restore(&saved.device, driver, saved.needs_reset)?;

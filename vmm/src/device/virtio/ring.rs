@@ -6,9 +6,9 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{DriverQueue, RingPosition};
 use super::audit::QueueAudit;
 use super::chain::{Chain, Direction};
+use super::{DriverQueue, RingPosition};
 use crate::memory::GuestRam;
 
 /// The guest has broken the queue itself: rings outside RAM, or an index that jumped by more than the queue's size.
@@ -57,10 +57,7 @@ impl Ring {
 
     /// How far the device has come, with all that it has taken given back.
     pub fn position(&self) -> RingPosition {
-        RingPosition {
-            next_available: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
-        }
+        RingPosition { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
     /// The driver's index of the available ring: another one when it has posted something.

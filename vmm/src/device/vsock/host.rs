@@ -277,7 +277,8 @@ impl Host {
     /// The same for those that the guest has opened, and those that it knows. What the host has asked for and the guest was not
     /// told yet stays.
     pub fn drop_guest_connections(&mut self) {
-        let is_known = |endpoint: &Endpoint| !(endpoint.connection.is_requesting() && endpoint.queued);
+        let is_known =
+            |endpoint: &Endpoint| !(endpoint.connection.is_requesting() && endpoint.queued);
         let known = self.table.iter().filter(|(_, endpoint)| is_known(endpoint));
         for key in known.map(|(key, _)| key).collect::<Vec<_>>() {
             self.table.remove(key);
