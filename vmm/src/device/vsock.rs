@@ -227,8 +227,8 @@ impl Guest {
         let told = self.tell_events(host)?;
         let to_host = self.drain(host)?;
         let to_guest = match self.due {
-            Due::Nothing => self.fill(host)?,
-            Due::Reset | Due::Noting(_) => Pause::NoBuffers,
+            Due::Nothing | Due::Reset => self.fill(host)?,
+            Due::Noting(_) => Pause::NoBuffers,
         };
         let events = match &mut self.events {
             Some(events) => events.must_signal(&self.ram)?,

@@ -51,7 +51,7 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener, disks, template } = resources;
+    let Resources { kvm, module, image, listener, disks, template, .. } = resources;
     let restore = config.restore.as_ref().zip(template);
     if let Some((restore, template)) = &restore {
         restore.check(config, template.bytes())?;
@@ -64,7 +64,7 @@ pub fn launch(
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
-    let mut identity = identity(&supported, kind);
+    let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
@@ -141,7 +141,7 @@ pub fn launch(
 }
 
 /// What this host is to a guest: performance counters are a matter of the configuration.
-pub(super) fn identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+pub fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
     let mut cpuid = supported.clone();
     pmu::hide(&mut cpuid);
     HostIdentity::new(&cpuid, kind)

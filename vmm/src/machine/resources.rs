@@ -9,7 +9,7 @@ use crate::device::vsock::{Listener, SocketFile};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
 use crate::memory::Template;
-use crate::snapshot;
+use crate::snapshot::{self, Targets};
 
 use super::{Config, MachineError, Restore};
 
@@ -23,6 +23,7 @@ pub struct Resources {
     pub(super) disks: Vec<Disk>,
     /// RAM of the snapshot that the machine is restored from.
     pub(super) template: Option<Template>,
+    targets: Option<Targets>,
 }
 
 impl Resources {
@@ -47,7 +48,10 @@ impl Resources {
             listener = Some(streams);
         }
         let template = config.restore.as_ref().map(template).transpose()?;
-        Ok((Self { kvm, module: Module::read(), image, listener, disks, template }, files))
+        Ok((
+            Self { kvm, module: Module::read(), image, listener, disks, template, targets: None },
+            files,
+        ))
     }
 
     /// Every descriptor: what a jail has to let through.
@@ -58,7 +62,20 @@ impl Resources {
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
         descriptors.extend(self.template.iter().map(AsFd::as_fd));
+        let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
+        descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
+    }
+
+    /// The same with files for a snapshot of the machine.
+    #[must_use]
+    pub fn with_targets(self, targets: Targets) -> Self {
+        Self { targets: Some(targets), ..self }
+    }
+
+    /// Takes the files for a snapshot out, if there are any.
+    pub fn take_targets(&mut self) -> Option<Targets> {
+        self.targets.take()
     }
 
     /// The same in a process that sees the sockets' directory as `directory`.

@@ -88,6 +88,7 @@ pub fn serve(
         pmu: config.pmu,
         kvm: machine.kvm_kind(),
         dma_audit: config.dma_audit,
+        restored: machine.is_restored(),
         clears_hwcr: machine.clears_hwcr(),
     };
     let worker = Worker {

@@ -38,7 +38,7 @@ fn tell_audit(audit: &AuditSummary, mode: AuditMode) -> bool {
 
 /// Keeps the machine running for clients until somebody ends it. Then the verdict's `status` stands, unless the guest
 /// ended first, or the DMA audit has found something meanwhile. In `lines`, what was seen becomes one.
-pub(super) fn hold(
+pub(in crate::cli) fn hold(
     machine: &Handle,
     mode: AuditMode,
     status: u8,

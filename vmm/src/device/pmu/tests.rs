@@ -241,7 +241,7 @@ fn an_interrupt_is_due_exactly_when_it_was_said_to_be() {
 #[test]
 fn counters_go_on_in_another_model_whose_clock_shows_another_time() {
     let mut pmu = Pmu::new(Shape::FULL, 3);
-    pmu.write(CORE_COUNT, COUNT_MASK - 999, 50).unwrap();
+    pmu.write(CORE_SELECT + 1, COUNT_MASK - 999, 50).unwrap();
     pmu.write(CORE_SELECT, CYCLES, 50).unwrap();
     pmu.write(CORE_SELECT + 4, CYCLES & !0xff | 0xc0, 50).unwrap();
     pmu.advance(650);
