@@ -21,3 +21,9 @@ pub mod packet {
         ConnectionKey, GuestCid, HEADER_LEN, HOST_CID, Header, Op, Parsed, Shutdown, SocketType,
     };
 }
+
+/// Snapshots' state files.
+pub mod snapshot {
+    pub use crate::snapshot::{Extent, Header, Kind, PAGE, Snapshot, SnapshotError, VERSION};
+    pub use crate::snapshot::{encode, parse};
+}
