@@ -14,6 +14,7 @@ pub use crate::device::virtio::chain::{BadChain, Chain, Direction};
 pub use crate::device::virtio::ring::{BrokenRing, Ring};
 pub use crate::device::vsock::unix::parse_connect;
 pub use crate::device::vsock::{GuestPort, HostPort};
+pub use crate::memory::GuestRam;
 
 /// Headers of vsock packets.
 pub mod packet {

@@ -234,6 +234,7 @@ fn machine_of_agent() -> Result<Config, Error> {
         vsock_messages_path: None,
         rng: false,
         disks: Vec::new(),
+        track_dirty_pages: false,
         dma_platform: false,
         dma_audit: AuditMode::Off,
         // The jail knows.

@@ -151,6 +151,9 @@ pub(super) struct Arguments {
     /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
     #[arg(long)]
     dma_platform: bool,
+    /// Notes which pages of RAM are written, for snapshots that hold only those. Each page is slower when it is first written
+    #[arg(long)]
+    track_dirty_pages: bool,
 
     /// Look at every buffer that the guest posts on virtio queues
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
@@ -282,6 +285,7 @@ impl Arguments {
             vsock_messages_path: self.uds_seqpacket.clone(),
             rng: self.rng,
             disks: self.disk.clone(),
+            track_dirty_pages: self.track_dirty_pages,
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
             // The jail knows.

@@ -35,7 +35,7 @@ use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{Kvm, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
-use crate::memory::{Memory, Template};
+use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
 /// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
@@ -186,11 +186,14 @@ fn build_vm(
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
-    let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(&template)?,
-        Payload::Linux(_) => Memory::map_copy(&template)?,
-    };
+    let memory = Memory::map(match config.payload {
+        Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(&template)?,
+        Payload::Linux(_) => Backing::copy(&template)?,
+    })?;
+    if config.track_dirty_pages {
+        memory.track_writes();
+    }
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })
 }

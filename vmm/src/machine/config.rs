@@ -74,6 +74,8 @@ pub struct Config {
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Notes which pages of RAM are written, for snapshots that hold only those.
+    pub track_dirty_pages: bool,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
