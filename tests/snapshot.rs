@@ -13,7 +13,8 @@ use vmm::device::block::DiskConfig;
 use vmm::device::virtio::audit::AuditMode;
 use vmm::device::vsock::{GuestCid, GuestPort};
 use vmm::kvm::pmu::PmuPolicy;
-use vmm::machine::{CaptureError, Config, NmiOutcome, NmiVia};
+use vmm::machine::{CaptureError, Config, NmiOutcome, NmiVia, SnapshotKind};
+use vmm::snapshot::Kind;
 
 use crate::counters::processor_is_amds;
 use crate::harness::vm::{Files, Vm, agent};
@@ -222,4 +223,47 @@ fn processors_that_were_never_started_still_wait() {
     // KVM_MP_STATE_UNINITIALIZED.
     assert_eq!(run_state(&files), serde_json::json!([1, 0, 0, 0]));
     assert_eq!(run_state(&clone.snapshot()), run_state(&files));
+}
+
+#[test]
+fn a_layer_holds_what_was_written_since_the_snapshot_below_it() {
+    let vm = Vm::launch(agent()).unwrap();
+    vm.pause();
+    let untracked = vm.try_snapshot_of(&Files::new(), SnapshotKind::Layer);
+    assert!(matches!(untracked, Err(CaptureError::NotTracked)), "{untracked:?}");
+
+    let tracked = Config { track_dirty_pages: true, ..agent() };
+    let vm = Vm::launch(tracked).unwrap();
+    let mut agent = vm.agent();
+    vm.pause();
+    let early = vm.try_snapshot_of(&Files::new(), SnapshotKind::Layer);
+    assert!(matches!(early, Err(CaptureError::NoParent)), "{early:?}");
+    let mut layers = vec![Files::new()];
+    let full = vm.try_snapshot(&layers[0]).unwrap();
+    let mut generations = vec![full.header.id];
+    for _ in 0..2 {
+        vm.resume();
+        agent.echo(&[7; 1000]).unwrap();
+        vm.pause();
+        let files = Files::new();
+        let layer = vm.try_snapshot_of(&files, SnapshotKind::Layer).unwrap();
+        assert_eq!(layer.header.kind, Kind::Layer(*generations.last().unwrap()));
+        assert!(0 < layer.memory_bytes && layer.memory_bytes < full.memory_bytes, "{layer:?}");
+        generations.push(layer.header.id);
+        layers.push(files);
+    }
+    // And one more of a machine that was restored.
+    let stack = |layers: &[Files]| {
+        Files::stacked(layers, Config { track_dirty_pages: true, ..self::agent() })
+    };
+    let clone = Vm::launch(stack(&layers)).unwrap();
+    clone.agent().ping().unwrap();
+    clone.pause();
+    layers.push(Files::new());
+    let layer = clone.try_snapshot_of(layers.last().unwrap(), SnapshotKind::Layer).unwrap();
+    assert_eq!(layer.header.kind, Kind::Layer(*generations.last().unwrap()));
+    let clone = Vm::launch(stack(&layers)).unwrap();
+    clone.agent().ping().unwrap();
+    assert_eq!(clone.reset(), 2);
+    assert_eq!(clone.agent().hello().life, 2);
 }

@@ -12,7 +12,7 @@ use vmm::device::vsock::GuestPort;
 use vmm::kvm::identity::HostIdentity;
 use vmm::machine::{
     self, CaptureError, Config, Event, Handle, Interrupts, MachineError, MachineState, NmiOutcome,
-    NmiVia, Resources, Restore, Stop,
+    NmiVia, Resources, Restore, SnapshotKind, Stop,
 };
 use vmm::snapshot::{self, Snapshot, Summary, Targets};
 
@@ -57,9 +57,14 @@ impl Files {
 
     /// The configuration of a machine that is restored from it, with what is the host's business as in `config`.
     pub fn restored(&self, config: Config) -> Config {
-        let Snapshot { header, state } = self.read();
+        Self::stacked(std::slice::from_ref(self), config)
+    }
+
+    /// The same with snapshots that build on each other, the base first.
+    pub fn stacked(files: &[Self], config: Config) -> Config {
+        let layers = files.iter().map(|files| (files.read().header, files.memory())).collect();
+        let Snapshot { header, state } = files.last().expect("a snapshot").read();
         let payload = config.payload.clone();
-        let layers = vec![(header.clone(), self.memory())];
         let config = state.description().configure(config, payload);
         Config { restore: Some(Restore { header, state: Arc::new(state), layers }), ..config }
     }
@@ -139,7 +144,16 @@ impl Vm {
 
     /// Writes a snapshot.
     pub fn try_snapshot(&self, files: &Files) -> Result<Summary, CaptureError> {
-        self.handle.snapshot(files.targets());
+        self.try_snapshot_of(files, SnapshotKind::Full)
+    }
+
+    /// The same of all of RAM or a part.
+    pub fn try_snapshot_of(
+        &self,
+        files: &Files,
+        kind: SnapshotKind,
+    ) -> Result<Summary, CaptureError> {
+        self.handle.snapshot(files.targets(), kind);
         *self.event(
             |event| if let Event::Snapshot(result) = event { Ok(result) } else { Err(event) },
         )

@@ -23,13 +23,14 @@ fn check(config: Config, reason: &str) {
     }
 }
 
-/// The same snapshot with another header and another state.
-fn changed(files: &Files, header: impl Fn(&mut Value), state: impl Fn(&mut Value)) -> Config {
+/// The same snapshot with another host and another state.
+fn changed(files: &Files, change_host: impl Fn(&mut Value), state: impl Fn(&mut Value)) -> Config {
     let config = files.restored(agent());
     let restore = config.restore.clone().unwrap();
-    let mut headers = serde_json::to_value(&restore.header).unwrap();
-    header(&mut headers);
-    let header: Header = serde_json::from_value(headers).unwrap();
+    let mut host = serde_json::to_value(&restore.header.host).unwrap();
+    change_host(&mut host);
+    let host = serde_json::from_value(host).unwrap();
+    let header = Header { host, ..restore.header };
     let mut states = serde_json::to_value(&*restore.state).unwrap();
     state(&mut states);
     let state: MachineState = serde_json::from_value(states).unwrap();
@@ -43,7 +44,7 @@ fn another_host_another_processor_and_other_numbers_of_things_are_refused() {
     let check_state = |state: &dyn Fn(&mut Value), reason: &str| {
         check(changed(&files, |_| {}, state), reason);
     };
-    let signature = |header: &mut Value| header["host"]["processor"]["signature"] = 0x123.into();
+    let signature = |host: &mut Value| host["processor"]["signature"] = 0x123.into();
     check(changed(&files, signature, |_| {}), "the snapshot was made on");
     let name = |state: &mut Value| {
         let leaves = state["vcpus"][1]["state"]["cpuid"].as_array_mut().unwrap();

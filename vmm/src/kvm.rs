@@ -2,13 +2,14 @@
 //!
 //! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `unhalted` the same without the
 //! time that it slept, `cpuid` and `pmu` what the guest may know, `msr_exits` which registers it has from the monitor, `irq`
-//! how devices reach it, `coalesced` which writes wait, `host` what this host is, `capability` what its KVM can. `bare` is a
+//! how devices reach it, `coalesced` which writes wait, `dirty_log` which pages are written, `host` what this host is, `capability` what its KVM can. `bare` is a
 //! machine to look at KVM with, `nested` what that does for hypervisors in guests.
 
 pub mod bare;
 pub mod capability;
 pub mod coalesced;
 pub mod cpuid;
+pub mod dirty_log;
 pub mod host;
 pub mod identity;
 pub mod irq;

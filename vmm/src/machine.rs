@@ -55,8 +55,8 @@ use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
-use crate::memory::{Memory, MemoryError, Template};
-use crate::snapshot::{FilesError, SnapshotError, Summary, Targets};
+use crate::memory::{Backing, Memory, MemoryError};
+use crate::snapshot::{FilesError, SnapshotError, SnapshotId, Summary, Targets};
 use events::{EventReceiver, EventSender};
 use vcpu_thread::VcpuThread;
 
@@ -147,7 +147,9 @@ struct Machine {
     vm: Vm,
     memory: Memory,
     /// RAM at power-on, until the first reset of a machine that began otherwise.
-    boot: Option<Template>,
+    boot: Option<Backing>,
+    /// The snapshot since which the written pages are noted, if they are.
+    parent: Option<SnapshotId>,
     config: Config,
     life: u32,
     /// Why this life began.
@@ -195,7 +197,7 @@ enum Command {
     ResetTransport,
     Pause,
     Resume,
-    Snapshot(Targets),
+    Snapshot(Targets, SnapshotKind),
     Stop,
 }
 
@@ -276,12 +278,31 @@ pub enum Event {
     Stopped(Stop),
 }
 
+/// How much of RAM a snapshot is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// All of it.
+    Full,
+    /// What was written since the last one, or since the one that the machine was restored from.
+    Layer,
+}
+
 /// Why there is no snapshot of a machine, which is as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// The machine runs.
     #[error("the machine has to be paused for a snapshot")]
     NotPaused,
+    /// A layer, and nobody knows of what.
+    #[error(
+        "only a machine with --track-dirty-pages knows what was written since its last snapshot"
+    )]
+    NotTracked,
+    /// A layer on nothing.
+    #[error(
+        "there is no snapshot of the machine yet that another one could build on: make a full one first"
+    )]
+    NoParent,
     /// KVM did not give something.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -420,8 +441,8 @@ impl Handle {
     }
 
     /// Writes what the machine is to two files. It has to be paused, and stays so. [`Event::Snapshot`] follows.
-    pub fn snapshot(&self, targets: Targets) {
-        self.send(Command::Snapshot(targets));
+    pub fn snapshot(&self, targets: Targets, kind: SnapshotKind) {
+        self.send(Command::Snapshot(targets, kind));
     }
 
     /// Stops the machine. [`Event::Stopped`] follows.

@@ -38,7 +38,7 @@ use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{CpuId, Kvm, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
-use crate::memory::{Memory, Template};
+use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
 /// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
@@ -123,6 +123,7 @@ pub fn launch(
         memory,
         config: config.clone(),
         boot,
+        parent: restore.as_ref().map(|(restore, _)| restore.header.id),
         life: 1,
         cause: Cause::PowerOn,
         identity,
@@ -205,7 +206,7 @@ struct Built {
     memory: Memory,
     entry: Entry,
     /// RAM at power-on, if that is not what the machine begins with.
-    boot: Option<Template>,
+    boot: Option<Backing>,
 }
 
 fn build_vm(
@@ -219,17 +220,24 @@ fn build_vm(
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
-    let memory = match (snapshot, &config.payload) {
-        (Some(snapshot), _) => Memory::map(snapshot)?,
-        (None, Payload::Agent(_)) => Memory::map_contents(&template, layout::AGENT_END)?,
-        (None, Payload::Kernel { .. }) => Memory::map(&template)?,
-        (None, Payload::Linux(_)) => Memory::map_copy(&template)?,
+    let image = match config.payload {
+        Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(&template)?,
+        Payload::Linux(_) => Backing::copy(&template)?,
     };
+    let (backing, boot) = match snapshot {
+        Some(snapshot) => (Backing::extents(snapshot, layout::AGENT_END)?, Some(image)),
+        None => (image, None),
+    };
+    let memory = Memory::map(backing)?;
+    if config.track_dirty_pages {
+        memory.track_writes();
+    }
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok(Built { vm, memory, entry, boot: snapshot.map(|_| template) })
+    Ok(Built { vm, memory, entry, boot })
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {

@@ -75,6 +75,8 @@ pub struct Config {
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Notes which pages of RAM are written, for snapshots that hold only those.
+    pub track_dirty_pages: bool,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
@@ -137,6 +139,7 @@ impl Config {
             disks: Vec::new(),
             dma_platform: false,
             dma_audit: AuditMode::Off,
+            track_dirty_pages: false,
             restore: None,
             rings: false,
             seccomp: false,

@@ -253,8 +253,8 @@ impl Machine {
                 }
                 Message::Command(Command::Pause) => self.pause().err().map(failed),
                 Message::Command(Command::Resume) => self.resume().err().map(failed),
-                Message::Command(Command::Snapshot(targets)) => {
-                    let written = self.snapshot(&targets);
+                Message::Command(Command::Snapshot(targets, kind)) => {
+                    let written = self.snapshot(&targets, kind);
                     self.events.send(Event::Snapshot(Box::new(written)));
                     None
                 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{CaptureError, Event, Machine};
+use super::{CaptureError, Event, Machine, SnapshotKind};
 use crate::bus::lock;
 use crate::kvm::KvmError;
 use crate::snapshot::{self, Pages, Summary, Targets};
@@ -38,12 +38,28 @@ impl Machine {
     }
 
     /// Writes what the machine is. It is as it was afterwards, whether that succeeds or not.
-    pub(super) fn snapshot(&self, targets: &Targets) -> Result<Summary, CaptureError> {
+    pub(super) fn snapshot(
+        &mut self,
+        targets: &Targets,
+        kind: SnapshotKind,
+    ) -> Result<Summary, CaptureError> {
         if self.paused.is_none() {
             return Err(CaptureError::NotPaused);
         }
+        // Devices write to RAM for the last time.
         let state = self.capture()?;
+        let dirty = self.vm.take_dirty(&self.memory)?;
+        // From here on nobody knows what was written since that one.
+        let parent = self.parent.take();
+        let pages = match (kind, &dirty, parent) {
+            (SnapshotKind::Full, ..) => Pages::All,
+            (SnapshotKind::Layer, None, _) => return Err(CaptureError::NotTracked),
+            (SnapshotKind::Layer, _, None) => return Err(CaptureError::NoParent),
+            (SnapshotKind::Layer, Some(dirty), Some(parent)) => Pages::Since { parent, dirty },
+        };
         let host = self.identity.clone();
-        Ok(snapshot::write(targets, host, &state, self.memory.ram(), Pages::All)?)
+        let summary = snapshot::write(targets, host, &state, self.memory.ram(), pages)?;
+        self.parent = dirty.map(|_| summary.header.id);
+        Ok(summary)
     }
 }

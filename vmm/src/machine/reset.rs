@@ -42,7 +42,10 @@ impl Machine {
         }
         self.vm.set_clock_ns(0)?;
         // 4. With nobody left to write to it, RAM is the template again.
-        if self.config.faults.has(Fault::RamKept) {
+        if let Some(boot) = self.boot.take() {
+            // The machine went on from a snapshot: that is gone, and the boot image takes its place.
+            self.memory.replace(boot)?;
+        } else if self.config.faults.has(Fault::RamKept) {
             self.memory.restore_below(layout::AGENT_END)?;
         } else {
             self.memory.restore()?;

@@ -29,8 +29,8 @@ use crate::snapshot::Header;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuestKind {
-    /// The embedded agent, with a checksum of it (XXH3-128).
-    Agent(u128),
+    /// The embedded agent, with a checksum of it (half of its XXH3-128).
+    Agent(u64),
     /// An agent from a file.
     AgentFile,
     /// A kernel of the user's.
@@ -42,7 +42,7 @@ pub enum GuestKind {
 impl GuestKind {
     fn of(payload: &Payload) -> Self {
         match payload {
-            Payload::Agent(None) => Self::Agent(XxHash3_128::oneshot(images::AGENT)),
+            Payload::Agent(None) => Self::Agent(XxHash3_128::oneshot(images::AGENT) as u64),
             Payload::Agent(Some(_)) => Self::AgentFile,
             Payload::Kernel { .. } => Self::Kernel,
             Payload::Linux(_) => Self::Linux,

@@ -14,7 +14,7 @@ use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{Plan, ResidueCheck};
-use crate::machine::{Config, Event, Handle, Interrupts, Resources, Stop, launch};
+use crate::machine::{Config, Event, Handle, Interrupts, Resources, SnapshotKind, Stop, launch};
 use crate::memory;
 use crate::schedule::Schedule;
 use crate::snapshot::{Drafts, Header, Summary, Targets};
@@ -171,7 +171,7 @@ fn capture(machine: &Handle, targets: Targets) -> Result<Summary, CreateError> {
         Event::Paused => Ok(()),
         event => Err(event),
     })?;
-    machine.snapshot(targets);
+    machine.snapshot(targets, SnapshotKind::Full);
     let written = await_event(machine, |event| match event {
         Event::Snapshot(written) => Ok(written),
         event => Err(event),

@@ -13,7 +13,7 @@ use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::layout::Entry;
-use crate::memory::{Memory, MemoryError, Template};
+use crate::memory::{Backing, Memory, MemoryError, Template};
 use dirt::{LATE, Variant, dirty};
 use snapshot::{GROUPS, Snapshot};
 
@@ -34,7 +34,9 @@ impl Machine {
         let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
         let (cpuid, kind) = cpuid::supported(&kvm, Module::read(), PmuPolicy::Off).unwrap();
         let load = |_: &_| Ok::<_, MemoryError>(());
-        let memory = Memory::map(&Template::build(4 << 20, load).unwrap().0).unwrap();
+        let memory =
+            Memory::map(Backing::private(&Template::build(4 << 20, load).unwrap().0).unwrap())
+                .unwrap();
         let vm = Vm::new(&kvm, Module::read(), kind, &memory, PmuPolicy::Off).unwrap();
         let vcpu = vm.create_vcpu(&cpuid, 0, 1).unwrap();
         let power_on = vcpu
