@@ -142,7 +142,7 @@ pub fn launch(
 }
 
 /// What this host is to a guest: performance counters are a matter of the configuration.
-pub fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
     let mut cpuid = supported.clone();
     pmu::hide(&mut cpuid);
     HostIdentity::new(&cpuid, kind)
@@ -216,6 +216,25 @@ fn build_vm(
     (module, kind): (Module, KvmKind),
     vcpus: u8,
 ) -> Result<Built, MachineError> {
+    let load = || load(config, image, vcpus);
+    let Some(snapshot) = snapshot else {
+        let (image, entry) = load()?;
+        let memory = map(config, image)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        return Ok(Built { vm, memory, entry, boot: None });
+    };
+    // What the machine boots is wanted at its first reset, when nobody may make files any more. KVM takes its time meanwhile.
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(load);
+        let memory = map(config, Backing::extents(snapshot, layout::AGENT_END)?)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        let (image, entry) = loading.join().expect("the thread has not panicked")?;
+        Ok(Built { vm, memory, entry, boot: Some(image) })
+    })
+}
+
+/// RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, image: Image, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
@@ -225,10 +244,10 @@ fn build_vm(
         Payload::Kernel { .. } => Backing::private(&template)?,
         Payload::Linux(_) => Backing::copy(&template)?,
     };
-    let (backing, boot) = match snapshot {
-        Some(snapshot) => (Backing::extents(snapshot, layout::AGENT_END)?, Some(image)),
-        None => (image, None),
-    };
+    Ok((image, entry))
+}
+
+fn map(config: &Config, backing: Backing) -> Result<Memory, MachineError> {
     let memory = Memory::map(backing)?;
     if config.track_dirty_pages {
         memory.track_writes();
@@ -236,8 +255,7 @@ fn build_vm(
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
-    let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok(Built { vm, memory, entry, boot })
+    Ok(memory)
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
