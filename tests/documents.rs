@@ -51,6 +51,8 @@ fn the_readme_names_only_options_that_exist() {
         &["run", "--help"][..],
         &["soak", "--help"],
         &["agent", "export", "--help"],
+        &["snapshot", "create", "--help"],
+        &["snapshot", "restore", "--help"],
         &["doctor", "--help"],
     ];
     let help: String = commands.map(|command| run(command).stdout).concat();

@@ -4,10 +4,12 @@ mod agent;
 mod doctor;
 mod jail;
 mod lab;
+mod machine;
 mod merge;
 mod probe;
 mod reports;
 mod run;
+mod snapshot;
 mod soak;
 mod vsock;
 
@@ -31,6 +33,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Arguments>),
+    Snapshot(Box<snapshot::Arguments>),
     Soak(Box<soak::Arguments>),
     Probe(probe::Arguments),
     Merge(merge::Arguments),
@@ -65,6 +68,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     }
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
+        Command::Snapshot(arguments) => snapshot::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),

@@ -14,8 +14,8 @@ use super::pmu::VcpuPmu;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
-    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message,
-    Resources, VirtioDevices,
+    Config, Devices, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+    VirtioDevices,
 };
 use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, lock};
@@ -27,16 +27,18 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::rng::Rng;
 use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::device::virtio::bell::Bell;
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
-use crate::device::vsock::{GuestCid, Listener, Vsock};
+use crate::device::vsock::{Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
+use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Kvm, cpuid};
+use crate::kvm::{CpuId, Kvm, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
-use crate::memory::{Memory, Template};
+use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
 /// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
@@ -49,7 +51,11 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener, disks } = resources;
+    let Resources { kvm, module, image, listener, disks, template, .. } = resources;
+    let restore = config.restore.as_ref().zip(template);
+    if let Some((restore, template)) = &restore {
+        restore.check(config, template.bytes())?;
+    }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
@@ -58,6 +64,7 @@ pub fn launch(
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
+    let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
@@ -65,13 +72,15 @@ pub fn launch(
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
     pmu::check_faults(&supported, &config.faults)?;
-    let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
+    let snapshot = restore.as_ref().map(|(_, template)| template);
+    let Built { vm, memory, entry, boot } =
+        build_vm(config, (image, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
 
     let (outbox, inbox) = channel();
-    let wake = Arc::new(eventfd()?);
+    let wake = Arc::new(Bell::new().map_err(MachineError::host("create an eventfd"))?);
     let mut event_loop = EventLoop::new()?;
     let devices = build_devices(config, (listener, disks), &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
@@ -105,20 +114,38 @@ pub fn launch(
         clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
     };
     let (events_out, events) = events(config.rings)?;
-    let machine = Machine {
+    let first = vcpus.first().map(|(thread, _)| thread.vcpu());
+    identity.tsc_khz = first.map_or(0, |vcpu| cpuid::tsc_khz(vcpu.cpuid()));
+    let mut machine = Machine {
         vcpus,
         devices,
         vm,
         memory,
         config: config.clone(),
+        boot,
+        parent: restore.as_ref().map(|(restore, _)| restore.header.id),
         life: 1,
+        cause: Cause::PowerOn,
+        identity,
+        paused: None,
         rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
         events: events_out,
     };
+    if let Some((restore, _)) = restore {
+        restore.header.check_host(&machine.identity)?;
+        machine.restore(&restore.state)?;
+    }
     start(machine, (event_loop, thread), interrupts, outbox, events, host)
+}
+
+/// What this host is to a guest: performance counters are a matter of the configuration.
+fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+    let mut cpuid = supported.clone();
+    pmu::hide(&mut cpuid);
+    HostIdentity::new(&cpuid, kind)
 }
 
 /// The counters of one vCPU.
@@ -152,6 +179,8 @@ fn start(
     if machine.config.seccomp {
         restrict(ThreadKind::Main)?;
     }
+    let first_life = (machine.life, machine.cause);
+    let is_restored = machine.config.restore.is_some();
     // From here on the vCPUs may hold any device.
     machine.run_vcpus();
     let thread = thread.run((event_loop, machine, interrupts));
@@ -166,6 +195,8 @@ fn start(
         mmio,
         console,
         host,
+        first_life,
+        is_restored,
         thread: Some(thread),
     })
 }
@@ -174,37 +205,61 @@ struct Built {
     vm: Vm,
     memory: Memory,
     entry: Entry,
+    /// RAM at power-on, if that is not what the machine begins with.
+    boot: Option<Backing>,
 }
 
 fn build_vm(
     config: &Config,
-    image: Image,
+    (image, snapshot): (Image, Option<&Template>),
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
     vcpus: u8,
 ) -> Result<Built, MachineError> {
+    let load = || load(config, image, vcpus);
+    let Some(snapshot) = snapshot else {
+        let (image, entry) = load()?;
+        let memory = map(config, image)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        return Ok(Built { vm, memory, entry, boot: None });
+    };
+    // What the machine boots is wanted at its first reset, when nobody may make files any more. KVM takes its time meanwhile.
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(load);
+        let memory = map(config, Backing::extents(snapshot, layout::AGENT_END)?)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        let (image, entry) = loading.join().expect("the thread has not panicked")?;
+        Ok(Built { vm, memory, entry, boot: Some(image) })
+    })
+}
+
+/// RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, image: Image, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
     let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
         boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
     })?;
-    let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(&template)?,
-        Payload::Linux(_) => Memory::map_copy(&template)?,
+    let image = match config.payload {
+        Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(&template)?,
+        Payload::Linux(_) => Backing::copy(&template)?,
     };
+    Ok((image, entry))
+}
+
+fn map(config: &Config, backing: Backing) -> Result<Memory, MachineError> {
+    let memory = Memory::map(backing)?;
+    if config.track_dirty_pages {
+        memory.track_writes();
+    }
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
-    let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok(Built { vm, memory, entry })
+    Ok(memory)
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
-}
-
-fn guest_cid() -> GuestCid {
-    GuestCid::new(GUEST_CID).expect("3 is no reserved context identifier")
 }
 
 /// Makes the devices, puts them on their buses and into the event loop.
@@ -248,7 +303,7 @@ fn build_devices(
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
-    let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
+    let vsock = slots.add(Vsock::new(config.cid, listener)?)?;
     let rng = match config.rng {
         true => Some(slots.add(Rng::new().map_err(MachineError::host("create an eventfd"))?)?),
         false => None,

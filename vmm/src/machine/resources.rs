@@ -1,15 +1,17 @@
 //! What a machine needs of the host, opened by name before the process is confined. Afterwards nothing has a name.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::boot::Image;
 use crate::device::block::Disk;
 use crate::device::vsock::{Listener, SocketFile};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
+use crate::memory::Template;
+use crate::snapshot::{self, Targets};
 
-use super::{Config, MachineError};
+use super::{Config, MachineError, Restore};
 
 /// Open descriptors and what was read from the kernel's files.
 #[derive(Debug)]
@@ -19,6 +21,9 @@ pub struct Resources {
     pub(super) image: Image,
     pub(super) listener: Option<Listener>,
     pub(super) disks: Vec<Disk>,
+    /// RAM of the snapshot that the machine is restored from.
+    pub(super) template: Option<Template>,
+    targets: Option<Targets>,
 }
 
 impl Resources {
@@ -42,7 +47,11 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        Ok((Self { kvm, module: Module::read(), image, listener, disks }, files))
+        let template = config.restore.as_ref().map(template).transpose()?;
+        Ok((
+            Self { kvm, module: Module::read(), image, listener, disks, template, targets: None },
+            files,
+        ))
     }
 
     /// Every descriptor: what a jail has to let through.
@@ -52,7 +61,21 @@ impl Resources {
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
+        descriptors.extend(self.template.iter().map(AsFd::as_fd));
+        let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
+        descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
+    }
+
+    /// The same with files for a snapshot of the machine.
+    #[must_use]
+    pub fn with_targets(self, targets: Targets) -> Self {
+        Self { targets: Some(targets), ..self }
+    }
+
+    /// Takes the files for a snapshot out, if there are any.
+    pub fn take_targets(&mut self) -> Option<Targets> {
+        self.targets.take()
     }
 
     /// The same in a process that sees the sockets' directory as `directory`.
@@ -60,4 +83,12 @@ impl Resources {
         self.listener = self.listener.map(|listener| listener.seen_in(directory));
         self
     }
+}
+
+/// The snapshot's RAM, checked and copied: its files may be changed from here on.
+fn template(restore: &Restore) -> Result<Template, MachineError> {
+    let open = |(_, path): &(_, PathBuf)| snapshot::open(path);
+    let files = restore.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let layers: Vec<_> = restore.layers.iter().map(|(header, _)| header).zip(&files).collect();
+    Ok(snapshot::template(&layers)?)
 }
