@@ -162,8 +162,10 @@ impl Leader<'_> {
         agent: Agent,
     ) -> Result<Result<Beginning, Life>, LifecycleError> {
         let step = Step { cause: Cause::Host, moment: Moment::Quiet, delay: Duration::ZERO };
-        let reset = self.reset(agent, step);
-        let (record, next) = self.settle(record_of(life), reset)?;
+        let mut record = record_of(life);
+        let mut agent = agent;
+        let reset = self.dirty(&mut agent, &mut record).and_then(|()| self.reset(agent, step));
+        let (record, next) = self.settle(record, reset)?;
         Ok(next.ok_or(record))
     }
 

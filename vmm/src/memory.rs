@@ -8,7 +8,7 @@ mod pieces;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::mmap::MmapRegionError;
@@ -107,6 +107,12 @@ impl Template {
         rustix::fs::fcntl_add_seals(&file, seals)
             .map_err(|errno| MemoryError::Seal(errno.into()))?;
         Ok((Self { file, bytes }, loaded))
+    }
+}
+
+impl AsFd for Template {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
