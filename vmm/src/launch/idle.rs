@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::cell::{Cell, Stage};
 use super::memory;
 
-/// How long everything may come to rest before something is measured.
-pub const SETTLE: Duration = Duration::from_secs(1);
+/// How long everything may come to rest before something is measured: a timer for a handshake may run for five seconds more.
+pub const SETTLE: Duration = Duration::from_secs(6);
 
 /// What is to be measured.
 #[derive(Clone, Copy, Debug)]
