@@ -30,6 +30,7 @@ pub mod probe;
 pub mod progress;
 pub mod sandbox;
 pub mod schedule;
+pub mod snapshot;
 pub mod soak;
 pub mod verify;
 pub mod vsock_client;
