@@ -19,6 +19,7 @@ const REPERTOIRE: [&str; 10] = [
     "findings::",
     "guests::",
     "hostile::",
+    "launches::",
     "lives::",
     "messages::",
     "snapshot_command::",

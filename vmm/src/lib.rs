@@ -19,6 +19,7 @@ pub mod histogram;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod lab;
+pub mod launch;
 pub mod layout;
 pub mod lifecycle;
 pub mod machine;
@@ -26,6 +27,7 @@ pub mod machine;
 pub mod memory;
 pub mod page;
 pub mod probe;
+pub mod progress;
 pub mod sandbox;
 pub mod schedule;
 pub mod snapshot;

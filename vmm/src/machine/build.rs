@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::event_loop::{EventLoop, EventLoopThread};
 use super::events::{EventReceiver, events};
 use super::pmu::VcpuPmu;
+use super::resources::Origin;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
@@ -51,10 +52,10 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener, disks, template, .. } = resources;
-    let restore = config.restore.as_ref().zip(template);
-    if let Some((restore, template)) = &restore {
-        restore.check(config, template.bytes())?;
+    let Resources { kvm, module, origin, listener, disks, snapshot, .. } = resources;
+    let restore = config.restore.as_ref().zip(snapshot);
+    if let Some((restore, snapshot)) = &restore {
+        restore.check(config, snapshot.bytes())?;
     }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
@@ -72,9 +73,9 @@ pub fn launch(
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
     pmu::check_faults(&supported, &config.faults)?;
-    let snapshot = restore.as_ref().map(|(_, template)| template);
+    let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
     let Built { vm, memory, entry, boot } =
-        build_vm(config, (image, snapshot), &kvm, (module, kind), vcpu_count)?;
+        build_vm(config, (origin, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
@@ -211,12 +212,12 @@ struct Built {
 
 fn build_vm(
     config: &Config,
-    (image, snapshot): (Image, Option<&Template>),
+    (origin, snapshot): (Origin, Option<&Template>),
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
     vcpus: u8,
 ) -> Result<Built, MachineError> {
-    let load = || load(config, image, vcpus);
+    let load = || load(config, origin, vcpus);
     let Some(snapshot) = snapshot else {
         let (image, entry) = load()?;
         let memory = map(config, image)?;
@@ -233,12 +234,24 @@ fn build_vm(
     })
 }
 
-/// RAM at power-on, and where the first vCPU starts in it.
-fn load(config: &Config, image: Image, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+/// RAM of the machine of `config` before its first instruction, and where that is.
+pub(super) fn template(
+    config: &Config,
+    image: Image,
+    vcpus: u8,
+) -> Result<(Template, Entry), MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
-    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
-        boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
-    })?;
+    Template::build(config.mem_mib << 20, |ram| {
+        Ok(boot::load(ram, image, &command_line, vcpus, config.virtio_slots())?)
+    })
+}
+
+/// What is behind RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, origin: Origin, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+    let (template, entry) = match origin {
+        Origin::Image(image) => template(config, image, vcpus)?,
+        Origin::Template(template, entry) => (template, entry),
+    };
     let image = match config.payload {
         Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Backing::private(&template)?,
