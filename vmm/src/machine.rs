@@ -27,7 +27,9 @@ use agent_protocol::Cause;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use build::launch;
-pub use config::{Config, ConfigError, GUEST_CID, ResetPolicy};
+pub use config::{
+    Config, ConfigError, GUEST_CID, MAX_MEM_MIB, MIN_MEM_MIB, MOST_DISKS, ResetPolicy,
+};
 pub use interrupts::Interrupts;
 pub use resources::Resources;
 

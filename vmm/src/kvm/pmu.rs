@@ -4,7 +4,7 @@ use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::KvmError;
 use super::cpuid::{AMD_EXTENDED_FEATURES, Leaf, is_amd};
@@ -16,7 +16,7 @@ const AMD_PMU: u32 = 0x8000_0022;
 const AMD_ECX_PERFCTR_CORE: u32 = 1 << 23;
 
 /// `--pmu`: which performance counters a guest gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum PmuPolicy {
     /// None: disabled in KVM where it can be, and absent from CPUID always.

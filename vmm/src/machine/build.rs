@@ -34,7 +34,7 @@ use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Kvm, cpuid};
+use crate::kvm::{Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
 use crate::memory::{Memory, Template};
 
@@ -58,12 +58,14 @@ pub fn launch(
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
+    config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
         let globals = shape.has_globals().then_some(shape.counters());
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
+    config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
     let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
@@ -92,6 +94,7 @@ pub fn launch(
             });
             surroundings.coalesced = vm.coalesce_writes(&vcpu, ranges)?;
         }
+        vcpu.change_msrs(&config.cpu_template.msrs)?;
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
         let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
