@@ -161,10 +161,10 @@ impl SignalMask {
 
 /// Signals that a waiting process takes from a descriptor instead of being interrupted by them.
 #[derive(Debug)]
-pub(crate) struct SignalFd {
+pub struct SignalFd {
     fd: OwnedFd,
     /// How it was before.
-    pub before: SignalMask,
+    pub(crate) before: SignalMask,
 }
 
 impl SignalFd {

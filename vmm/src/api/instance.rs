@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use agent_protocol::Cause;
-use jailer::{End, Running};
+use jailer::{End, Running, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 
@@ -15,7 +15,7 @@ use super::call::{Answer, Call, Reply};
 use super::desk::{Desk, Next, Order, Outcome};
 use super::model::Level;
 use crate::exit;
-use crate::machine::{Config, Interrupts};
+use crate::machine::Config;
 use crate::sandbox::{self, Channel, ChannelError, Ended, Judged, Sandbox};
 
 /// The most requests that wait for their turn. What is more waits in the socket.
@@ -48,7 +48,7 @@ pub struct Instance<'a> {
     desk: Desk,
     clients: Option<(Clients, Running)>,
     start: Box<Starter<'a>>,
-    interrupts: Interrupts,
+    signals: SignalFd,
     machine: Option<Machine>,
     /// What is being carried out.
     current: Option<Current>,
@@ -79,11 +79,11 @@ impl<'a> Instance<'a> {
     pub fn new(
         desk: Desk,
         clients: Option<(Clients, Running)>,
-        interrupts: Interrupts,
+        signals: SignalFd,
         start: Box<Starter<'a>>,
     ) -> Self {
         let (current, waiting) = (None, VecDeque::new());
-        Self { desk, clients, start, interrupts, machine: None, current, waiting, ended: None }
+        Self { desk, clients, start, signals, machine: None, current, waiting, ended: None }
     }
 
     /// Serves clients until the machine is over, and gives the exit status. With `starts`, the machine that the desk knows is
@@ -115,14 +115,17 @@ impl<'a> Instance<'a> {
                 && let Some((_, process)) = &mut self.clients
                 && let Some(end) = process.try_end()?
             {
-                return Err(format!("the process that serves clients ended: {}", describe(&end)).into());
+                return Err(
+                    format!("the process that serves clients ended: {}", describe(&end)).into()
+                );
             }
         }
     }
 
     fn wait(&self) -> io::Result<Ready> {
-        let events = |to_flush| if to_flush { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-        let mut polled = vec![PollFd::new(&self.interrupts, PollFlags::IN)];
+        let events =
+            |to_flush| if to_flush { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let mut polled = vec![PollFd::new(&self.signals, PollFlags::IN)];
         if let Some((clients, process)) = &self.clients {
             // Whoever does not take answers gives no more requests, and neither does one who has given many.
             let wanted = match (clients.has_to_flush(), self.waiting.len() < MOST_WAITING) {
@@ -316,13 +319,16 @@ impl<'a> Instance<'a> {
         Ok(())
     }
 
-    /// A signal asks this process to end: the machine is told, and not waited for longer than until the next signal, which
-    /// ends this process at once.
+    /// A signal asks this process to end: the machine is told, and waited for until the next signal.
     fn interrupt(mut self) -> Result<u8, Error> {
+        self.signals.take()?;
         if let Some(machine) = &mut self.machine {
             let _ = machine.sandbox.order(&sandbox::Order::End);
-            let pidfd = machine.process.pidfd();
-            let _ = poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], None);
+            let mut polled = [
+                PollFd::from_borrowed_fd(machine.process.pidfd(), PollFlags::IN),
+                PollFd::new(&self.signals, PollFlags::IN),
+            ];
+            rustix::io::retry_on_intr(|| poll(&mut polled, None))?;
         }
         self.leave("interrupted")?;
         Ok(exit::INTERRUPTED)

@@ -81,6 +81,23 @@ impl Metrics {
         }
     }
 
+    /// What a jailer says: the monotonic clock and the processor's time when this process began, and what the jailer used before,
+    /// in microseconds.
+    pub fn start_was(&mut self, at: Option<u64>, cpu: Option<u64>, before: Option<u64>) {
+        let us = |clock| {
+            let now = clock_gettime(clock);
+            Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+        };
+        if let Some(at) = at {
+            self.startup = us(ClockId::Monotonic).saturating_sub(Duration::from_micros(at));
+        }
+        if let Some(cpu) = cpu {
+            self.startup_cpu =
+                us(ClockId::ProcessCPUTime).saturating_sub(Duration::from_micros(cpu));
+        }
+        self.startup_cpu += Duration::from_micros(before.unwrap_or(0));
+    }
+
     /// Where [`Metrics::flush`] is to write. Once, as with Firecracker.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! The jail of a command that runs machines: flags to a [`Jail`], and the work in a process that is in it.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use clap::Args;
 use jailer::cgroup::Setting;
@@ -8,9 +10,12 @@ use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
+use crate::api::instance;
 use crate::device::block::WORKERS;
 use crate::device::vsock::SocketFile;
+use crate::exit;
 use crate::machine::{Config, Interrupts, MachineError, Resources};
+use crate::sandbox::{self, Guidance, Sandbox};
 
 /// Where the jail shows the directory of the vsock socket.
 const SOCKETS: &str = "/sockets";
@@ -131,6 +136,60 @@ impl Arguments {
             End::OutOfMemory => Err(EndError::OutOfMemory.into()),
             End::Killed(signal) => Err(EndError::Killed(signal).into()),
         }
+    }
+
+    /// Opens what `config` names and has a process that is confined wait for orders to boot it. `filters`: with filters of
+    /// system calls.
+    pub fn start(
+        &self,
+        config: Config,
+        guidance: Guidance,
+        filters: bool,
+        janitor: &Rc<Janitor>,
+        notice: impl Fn(&str),
+    ) -> Result<instance::Machine, Error> {
+        let config = Config { seccomp: filters, ..config };
+        let prepared = self.jail(&config)?.prepare_with(janitor)?;
+        let (resources, files) = open(&config, janitor)?;
+        for lack in prepared.lacks() {
+            notice(&format!("the jail is weaker than it should be: {lack}"));
+        }
+        let (sandbox, socket) = Sandbox::new()?;
+        let given = (resources, socket);
+        let process = prepared.start(
+            given,
+            |(resources, socket)| {
+                let mut descriptors = resources.descriptors();
+                descriptors.push(socket.as_fd());
+                descriptors
+            },
+            |(resources, socket), entered| {
+                let work = || -> Result<u8, Error> {
+                    let inside = entered?;
+                    let interrupts = Interrupts::catch()?.and_transport_resets()?;
+                    inside.let_signals_come();
+                    jailer::seccomp::catch_violations(inside.report)
+                        .map_err(MachineError::host("catch forbidden system calls"))?;
+                    crate::memory::warm_heap();
+                    let resources = resources.with_sockets_in(Path::new(SOCKETS));
+                    sandbox::serve(socket, &config, guidance, resources, interrupts)?;
+                    Ok(exit::CLEAN)
+                };
+                // Whoever gives the orders tells why.
+                work().unwrap_or(exit::USAGE_OR_HOST)
+            },
+        )?;
+        Ok(instance::Machine { sandbox, process, files })
+    }
+
+    /// Whether there is to be no jail.
+    pub fn is_unwanted(&self) -> bool {
+        self.no_jail
+    }
+
+    /// The name that was given.
+    pub fn id(&self) -> Option<&Id> {
+        self.id.as_ref()
     }
 
     fn jail(&self, config: &Config) -> Result<Jail, Error> {
