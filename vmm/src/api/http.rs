@@ -23,7 +23,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::task::{AbortHandle, LocalSet, spawn_local};
+use tokio::task::{AbortHandle, LocalSet, spawn_local, yield_now};
 
 use super::call::{Answer, Call, Method, Reply, Request};
 use super::route;
@@ -151,6 +151,9 @@ async fn accept_clients(server: Rc<Server>, listener: UnixListener) {
                 std::process::exit(crate::exit::USAGE_OR_HOST.into());
             }
         }
+        // Whoever has lost the connection lets go of its descriptor before the next one comes, and a client that has said something
+        // is heard before the next crowd.
+        yield_now().await;
     }
 }
 
