@@ -165,7 +165,7 @@ fn options_that_cannot_be_honoured_are_refused_with_a_reason() {
     check(&["--seccomp-filter", "/f"], "part of the program");
     check(&["--metadata", "/m"], "no metadata service");
     check(&["--mmds-size-limit", "1"], "no metadata service");
-    check(&["--no-jail"], "always jailed");
+    check(&["--no-jail"], "--no-jail");
     check(&["--no-api"], "--config-file");
     check(&["--level", "loud"], "loud");
     check(&["--http-api-max-payload-size", "0"], "http-api-max-payload-size");

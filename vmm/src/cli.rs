@@ -5,6 +5,7 @@ mod api;
 mod doctor;
 mod jail;
 mod lab;
+mod launch;
 mod merge;
 mod probe;
 mod reports;
@@ -16,9 +17,10 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::exit;
 use crate::lifecycle::chain;
@@ -35,6 +37,7 @@ struct Arguments {
 enum Command {
     Run(Box<run::Arguments>),
     Soak(Box<soak::Arguments>),
+    Launch(Box<launch::Arguments>),
     Probe(probe::Arguments),
     Merge(merge::Arguments),
     Doctor(doctor::Arguments),
@@ -63,14 +66,20 @@ pub fn status(result: Result<u8, Error>) -> u8 {
 pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     let command =
         Arguments::try_parse_from(words_of(std::env::args_os())).map_err(in_one_line)?.command;
-    if let Some(null) = null
-        && !matches!(command, Command::Vsock(_))
+    let reads_stdin = match &command {
+        Command::Vsock(_) => true,
+        Command::Launch(arguments) => arguments.reads_stdin(),
+        _ => false,
+    };
+    if let Some(null) = &null
+        && !reads_stdin
     {
-        rustix::stdio::dup2_stdin(&null)?;
+        rustix::stdio::dup2_stdin(null)?;
     }
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
+        Command::Launch(arguments) => launch::main(&arguments, null),
         Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),
         Command::Doctor(arguments) => doctor::main(&arguments),
@@ -95,6 +104,32 @@ fn words_of(mut words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 fn check(words: &[String]) -> Result<(), Error> {
     let program = [String::from("cleanslate")];
     Arguments::try_parse_from(program.iter().chain(words)).map(|_| ()).map_err(in_one_line)
+}
+
+/// A time with its unit.
+fn parse_duration(word: &str) -> Result<Duration, String> {
+    let split = word.find(|c: char| !c.is_ascii_digit()).unwrap_or(word.len());
+    let (number, unit) = word.split_at(split);
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => 0,
+    };
+    // A century; more is a slip of the hand.
+    const MOST: u64 = 100 * 365 * 24 * 60 * 60;
+    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(seconds)) {
+        Some(seconds @ 1..=MOST) => Ok(Duration::from_secs(seconds)),
+        _ => Err("a time is a number with s, m, h or d, from 1s to 100 years".into()),
+    }
+}
+
+/// Lets this process have as many descriptors as may be: each machine's process takes some.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    // What does not work shows when there are too few.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// What clap says about wrong usage, without the usage itself, which `--help` shows. Help that was asked for ends the program.
@@ -127,6 +162,22 @@ mod tests {
         check("/usr/bin/firecracker --id x", "/usr/bin/firecracker api --id x");
         check("firecracker", "firecracker api");
         check("/firecracker/cleanslate run", "/firecracker/cleanslate run");
+    }
+
+    #[test]
+    fn times_have_units() {
+        let check = |word, seconds: Option<u64>| {
+            assert_eq!(parse_duration(word).ok(), seconds.map(Duration::from_secs), "{word}");
+        };
+        check("90s", Some(90));
+        check("30m", Some(1800));
+        check("1h", Some(3600));
+        check("2d", Some(172_800));
+        for word in
+            ["", "1", "h", "0s", "-1s", "1.5h", "1w", "1hh", "99999999999999999999s", "9999999999h"]
+        {
+            check(word, None);
+        }
     }
 
     #[test]

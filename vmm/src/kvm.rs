@@ -10,6 +10,7 @@ pub mod capability;
 pub mod coalesced;
 pub mod cpuid;
 pub mod host;
+pub mod identity;
 pub mod irq;
 pub mod msr_exits;
 pub mod nested;

@@ -20,6 +20,7 @@ pub mod histogram;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod lab;
+pub mod launch;
 pub mod layout;
 pub mod lifecycle;
 pub mod machine;
@@ -27,8 +28,10 @@ pub mod machine;
 pub mod memory;
 pub mod page;
 pub mod probe;
+pub mod progress;
 pub mod sandbox;
 pub mod schedule;
+pub mod snapshot;
 pub mod soak;
 pub mod verify;
 pub mod vsock_client;

@@ -4,11 +4,12 @@
 //! again and nothing of what it wrote can survive. This is one of the two modules that may be unsafe.
 
 mod image;
+mod page_set;
 mod pieces;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use vm_memory::mmap::MmapRegionError;
@@ -17,6 +18,7 @@ use vm_memory::{
 };
 
 use self::image::Image;
+pub use self::page_set::PageSet;
 pub use self::pieces::{Pieces, peek_goes_on};
 use crate::layout;
 
@@ -61,6 +63,9 @@ pub enum MemoryError {
     /// Making the template immutable.
     #[error("seal the memory template")]
     Seal(#[source] io::Error),
+    /// A descriptor that is none of a template.
+    #[error("the file that came for the guest's RAM is no sealed template of its size")]
+    NoTemplate,
     /// Mapping it.
     #[error("map guest memory")]
     Map(#[source] MmapRegionError),
@@ -97,18 +102,67 @@ impl Template {
         bytes: u64,
         load: impl FnOnce(&GuestRam) -> Result<T, E>,
     ) -> Result<(Self, T), E> {
+        let fill = |file: &File| {
+            let staging = map(file, bytes, libc::MAP_SHARED)?;
+            // A writable shared mapping would forbid the seal against writing: it is gone when this returns.
+            load(&staging)
+        };
+        Self::fill_with(bytes, fill)
+    }
+
+    /// Makes a template of `bytes` of RAM that `fill` has written to the file of, whose offsets count all ranges of RAM without
+    /// the gap between them.
+    ///
+    /// # Errors
+    /// What `fill` returns, or [`MemoryError`] made into it.
+    pub fn fill<E: From<MemoryError>>(
+        bytes: u64,
+        fill: impl FnOnce(&File) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        Ok(Self::fill_with(bytes, fill)?.0)
+    }
+
+    fn fill_with<T, E: From<MemoryError>>(
+        bytes: u64,
+        fill: impl FnOnce(&File) -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
         let file = create_memfd(bytes)
             .map_err(|source| MemoryError::Create { mib: bytes >> 20, source })?;
-        let staging = map(&file, bytes, libc::MAP_SHARED)?;
-        let loaded = load(&staging)?;
-        // A writable shared mapping would forbid the seal against writing.
-        drop(staging);
-        let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
-        rustix::fs::fcntl_add_seals(&file, seals)
+        let filled = fill(&file)?;
+        rustix::fs::fcntl_add_seals(&file, SEALS)
             .map_err(|errno| MemoryError::Seal(errno.into()))?;
-        Ok((Self { file, bytes }, loaded))
+        Ok((Self { file, bytes }, filled))
+    }
+
+    /// How much RAM it is of.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A template that came as a descriptor from another process, of `bytes` of RAM. It may be anything: what is not sealed is no
+    /// template.
+    ///
+    /// # Errors
+    /// [`MemoryError::NoTemplate`].
+    pub fn from_file(file: File, bytes: u64) -> Result<Self, MemoryError> {
+        let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+        let is_whole = file.metadata().is_ok_and(|metadata| metadata.len() == bytes);
+        match seals.contains(SEALS) && is_whole {
+            true => Ok(Self { file, bytes }),
+            false => Err(MemoryError::NoTemplate),
+        }
     }
 }
+
+impl AsFd for Template {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// What makes a file a template: nobody can change it any more, not even its owner.
+const SEALS: SealFlags =
+    SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::WRITE);
 
 fn create_memfd(bytes: u64) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

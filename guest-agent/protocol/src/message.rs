@@ -96,6 +96,8 @@ pub enum Request {
     },
     /// Say who you are among clones.
     Identify,
+    /// The same as [`Request::GetState`] without what RAM holds. Looking at that gives the machine all of its RAM.
+    GetStateBesideRam,
 }
 
 /// Longest input and longest output of a job, in bytes: a frame holds them, and its name.
@@ -186,7 +188,7 @@ pub enum Reply {
         /// True if the handler ran.
         delivered: bool,
     },
-    /// To [`Request::GetState`].
+    /// To [`Request::GetState`] and [`Request::GetStateBesideRam`].
     State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
     Poisoned(Vec<Poisoning>, CheckTicks),

@@ -199,6 +199,12 @@ impl Agent {
         }
     }
 
+    /// The state that a reset restores, as it was before this life changed it.
+    fn state(&self, ram: bool) -> Reply {
+        let (readings, ticks) = machine_state::read(&self.params, self.has_avx(), self.events, ram);
+        Reply::State(readings, ticks)
+    }
+
     /// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
     fn has_avx(&self) -> bool {
         const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
@@ -286,11 +292,8 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => {
-                let (readings, ticks) =
-                    machine_state::read(&self.params, self.has_avx(), self.events);
-                Reply::State(readings, ticks)
-            }
+            Request::GetState => self.state(true),
+            Request::GetStateBesideRam => self.state(false),
             Request::Poison => {
                 self.poisoned = true;
                 let (poisonings, ticks) = machine_state::poison(&self.params, self.has_avx());

@@ -125,7 +125,7 @@ pub(super) struct Arguments {
     lacking: Lacking,
 
     #[command(flatten)]
-    jail: jail::Arguments,
+    jail: jail::Wishes,
 }
 
 /// Options of Firecracker's that are refused, each with the reason.
@@ -152,8 +152,6 @@ struct Lacking {
 enum UsageError {
     #[error("{0}: {1}")]
     Lacking(&'static str, &'static str),
-    #[error("--no-jail: a machine that is steered over HTTP is always jailed; leave it out")]
-    NoJail,
     #[error("read the configuration file {path:?}: {reason}")]
     Config { path: PathBuf, reason: String },
     #[error("open the log {path:?}")]
@@ -199,9 +197,6 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
         return Ok(exit::CLEAN);
     }
     arguments.lacking.refuse()?;
-    if arguments.jail.is_unwanted() {
-        return Err(UsageError::NoJail.into());
-    }
     let desk = arguments.desk(started)?;
     let janitor = Rc::new(Janitor::start()?);
     // Read instead of caught: copies of this process have no handlers to inherit.

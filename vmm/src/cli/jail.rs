@@ -39,6 +39,15 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
     no_jail: bool,
 
+    #[command(flatten)]
+    wishes: Wishes,
+}
+
+/// What the user wants of a jail.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Jail")]
+#[group(skip)]
+pub(super) struct Wishes {
     /// Name of the jail: its control group and its host name [default: made of this process's number]
     #[arg(long, value_name = "ID")]
     id: Option<Id>,
@@ -85,16 +94,7 @@ pub(super) enum EndError {
 impl Arguments {
     /// The jail without any wishes, or none.
     pub fn plain(no_jail: bool) -> Self {
-        Self {
-            no_jail,
-            id: None,
-            uid: None,
-            gid: None,
-            netns: None,
-            cgroup: Vec::new(),
-            parent_cgroup: None,
-            resource_limit: Vec::new(),
-        }
+        Self { no_jail, wishes: Wishes::default() }
     }
 
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
@@ -114,7 +114,8 @@ impl Arguments {
             return work(&config, resources, interrupts);
         }
         let config = Config { seccomp: true, ..config };
-        let prepared = self.jail(&config)?.prepare()?;
+        let id = self.wishes.id.clone().unwrap_or_else(Id::of_this_process);
+        let prepared = self.wishes.jail(&config, id)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
             notice(&format!("the jail is weaker than it should be: {lack}"));
@@ -137,7 +138,9 @@ impl Arguments {
             End::Killed(signal) => Err(EndError::Killed(signal).into()),
         }
     }
+}
 
+impl Wishes {
     /// Opens what `config` names and has a process that is confined wait for orders to boot it. `filters`: with filters of
     /// system calls.
     pub fn start(
@@ -149,7 +152,8 @@ impl Arguments {
         notice: impl Fn(&str),
     ) -> Result<instance::Machine, Error> {
         let config = Config { seccomp: filters, ..config };
-        let prepared = self.jail(&config)?.prepare_with(janitor)?;
+        let id = self.id.clone().unwrap_or_else(Id::of_this_process);
+        let prepared = self.jail(&config, id)?.prepare_with(janitor)?;
         let (resources, files) = open(&config, janitor)?;
         for lack in prepared.lacks() {
             notice(&format!("the jail is weaker than it should be: {lack}"));
@@ -182,17 +186,13 @@ impl Arguments {
         Ok(instance::Machine { sandbox, process, files })
     }
 
-    /// Whether there is to be no jail.
-    pub fn is_unwanted(&self) -> bool {
-        self.no_jail
-    }
-
-    /// The name that was given.
+    /// The jail's name, if one is wanted.
     pub fn id(&self) -> Option<&Id> {
         self.id.as_ref()
     }
 
-    fn jail(&self, config: &Config) -> Result<Jail, Error> {
+    /// The jail of the machine of `config`.
+    pub fn jail(&self, config: &Config, id: Id) -> Result<Jail, Error> {
         let user = match &self.uid {
             Some(user) => Some(User::find(user, self.gid.as_deref())?),
             None => None,
@@ -210,7 +210,7 @@ impl Arguments {
         let disk_threads = (config.disks.len() * WORKERS) as u64;
         let limits = [ResourceLimit::NO_CORE, ResourceLimit::descriptors(DESCRIPTORS)];
         Ok(Jail {
-            id: self.id.clone().unwrap_or_else(Id::of_this_process),
+            id,
             user,
             network,
             new_pid_namespace: true,

@@ -10,7 +10,7 @@ use super::pmu::{self, PmuPolicy};
 /// AMD's feature leaf.
 pub const AMD_EXTENDED_FEATURES: u32 = 0x8000_0001;
 /// Hypervisor leaf that tells TSC and bus frequency in kHz; KVM leaves it to the monitor.
-const TIMING: u32 = 0x4000_0010;
+pub(super) const TIMING: u32 = 0x4000_0010;
 const HYPERVISOR: u32 = 0x4000_0000;
 
 const FEATURES_ECX_CX16: u32 = 1 << 13;

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::event_loop::{EventLoop, EventLoopThread};
 use super::events::{EventReceiver, events};
 use super::pmu::VcpuPmu;
+use super::resources::Origin;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
@@ -49,7 +50,7 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener, disks } = resources;
+    let Resources { kvm, module, origin, listener, disks } = resources;
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
@@ -67,7 +68,11 @@ pub fn launch(
     }
     config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
-    let Built { vm, memory, entry } = build_vm(config, image, &kvm, (module, kind), vcpu_count)?;
+    let (template, entry) = match origin {
+        Origin::Image(image) => template(config, image, vcpu_count)?,
+        Origin::Template(template, entry) => (template, entry),
+    };
+    let (vm, memory) = build_vm(config, &template, &kvm, (module, kind))?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
@@ -173,33 +178,34 @@ fn start(
     })
 }
 
-struct Built {
-    vm: Vm,
-    memory: Memory,
-    entry: Entry,
+/// RAM of the machine of `config` before its first instruction, and where that is.
+pub(super) fn template(
+    config: &Config,
+    image: Image,
+    vcpus: u8,
+) -> Result<(Template, Entry), MachineError> {
+    let command_line = config.command_line(1, Cause::PowerOn);
+    Template::build(config.mem_mib << 20, |ram| {
+        Ok(boot::load(ram, image, &command_line, vcpus, config.virtio_slots())?)
+    })
 }
 
 fn build_vm(
     config: &Config,
-    image: Image,
+    template: &Template,
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
-    vcpus: u8,
-) -> Result<Built, MachineError> {
-    let command_line = config.command_line(1, Cause::PowerOn);
-    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
-        boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
-    })?;
+) -> Result<(Vm, Memory), MachineError> {
     let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_contents(&template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(&template)?,
-        Payload::Linux(_) => Memory::map_copy(&template)?,
+        Payload::Agent(_) => Memory::map_contents(template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Memory::map(template)?,
+        Payload::Linux(_) => Memory::map_copy(template)?,
     };
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok(Built { vm, memory, entry })
+    Ok((vm, memory))
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
