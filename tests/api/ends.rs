@@ -37,6 +37,25 @@ fn the_instance_ends_with_its_guest() {
 }
 
 #[test]
+fn the_console_goes_where_it_is_told_to() {
+    let dir = temp_dir();
+    let guest = Guest::new().print("into a file\n").power_off();
+    let kernel = file(&dir, "guest.elf", &guest.elf());
+    let console = file(&dir, "console", b"what was there\n");
+    let api = Api::start_with(dir, &[]);
+    let wrong = json!({ "serial_out_path": api.dir.path() });
+    api.put("/serial", wrong).expect_done();
+    api.put("/boot-source", json!({ "kernel_image_path": kernel })).expect_done();
+    api.action("InstanceStart").expect_refused("open ");
+    api.put("/serial", json!({ "serial_out_path": console })).expect_done();
+    api.action("InstanceStart").expect_done();
+    crate::harness::eventually("the guest has printed", || {
+        std::fs::read_to_string(&console).unwrap() == "what was there\ninto a file\n"
+    });
+    assert_eq!(api.finish().expect_status(0).stdout, "");
+}
+
+#[test]
 fn a_configuration_file_starts_a_machine_with_and_without_clients() {
     let dir = temp_dir();
     let guest = Guest::new().print("from a file\n").power_off();

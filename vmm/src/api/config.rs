@@ -1,6 +1,6 @@
 //! All that clients have said about a machine, and the machine that it makes. The same comes out of a configuration file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -226,6 +226,7 @@ impl VmConfig {
             ),
             None => (Payload::Agent(None), GuestReset::InPlace, ConsoleOutput::Kept),
         };
+        let console = if self.console_path().is_some() { ConsoleOutput::Stdout } else { console };
         let drive_to_disk = |drive: &Drive| DiskConfig {
             path: drive.path_on_host.clone().unwrap_or_default(),
             read_only: drive.is_read_only.unwrap_or(false),
@@ -253,6 +254,11 @@ impl VmConfig {
             dma_audit: self.own.dma_audit,
             ..Config::new(payload, self.machine.mem_size_mib)
         })
+    }
+
+    /// The file that takes the place of standard output in the machine's process.
+    pub fn console_path(&self) -> Option<&Path> {
+        self.serial.as_ref()?.serial_out_path.as_deref()
     }
 
     /// The user's part of the kernel command line, with the root device in Linux's words, as Firecracker adds it.

@@ -2,6 +2,7 @@
 //! orders, and hears of the end of either. One loop, which sleeps while nobody wants anything.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -13,8 +14,10 @@ use serde_json::{Value, json};
 
 use super::call::{Answer, Call, Reply};
 use super::desk::{Desk, Next, Order, Outcome};
+use super::log::open_for_lines;
 use super::model::Level;
 use crate::exit;
+use crate::lifecycle::chain;
 use crate::machine::Config;
 use crate::sandbox::{self, Channel, ChannelError, Ended, Judged, Sandbox};
 
@@ -40,8 +43,8 @@ pub struct Machine {
 /// Why there was no machine, or no instance any more.
 pub type Error = Box<dyn std::error::Error>;
 
-/// How a machine's process comes to be.
-pub type Starter<'a> = dyn FnMut(Config) -> Result<Machine, Error> + 'a;
+/// How a machine's process comes to be, with a file in place of standard output.
+pub type Starter<'a> = dyn FnMut(Config, Option<File>) -> Result<Machine, Error> + 'a;
 
 /// An instance: a desk, its clients, and a machine once there is one.
 pub struct Instance<'a> {
@@ -213,8 +216,12 @@ impl<'a> Instance<'a> {
 
     fn start_machine(&mut self) -> Result<(), String> {
         let config = self.desk.config.machine().map_err(|refusal| refusal.to_string())?;
-        let chain = |error: Error| crate::lifecycle::chain(&*error);
-        let machine = self.machine.insert((self.start)(config).map_err(chain)?);
+        let console = match self.desk.config.console_path() {
+            Some(path) => Some(open_for_lines(path).map_err(|e| format!("open {path:?}: {e}"))?),
+            None => None,
+        };
+        let started = (self.start)(config, console);
+        let machine = self.machine.insert(started.map_err(|error| chain(&*error))?);
         let boot = sandbox::Order::Boot { greet: false };
         machine.sandbox.order(&boot).map_err(|error| error.to_string())
     }

@@ -217,8 +217,9 @@ pub(super) fn main(arguments: Arguments, started: Instant) -> Result<u8, Error> 
     };
     let guidance = Guidance { residue: ResidueCheck::Off, timeout: PATIENCE };
     let filters = !arguments.no_seccomp;
-    let start =
-        Box::new(|config| arguments.jail.start(config, guidance, filters, &janitor, notice));
+    let start = Box::new(|config, console| {
+        arguments.jail.start(config, console, guidance, filters, &janitor, notice)
+    });
     Instance::new(desk, clients, signals, start).run(arguments.config_file.is_some())
 }
 

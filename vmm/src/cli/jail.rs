@@ -1,5 +1,6 @@
 //! The jail of a command that runs machines: flags to a [`Jail`], and the work in a process that is in it.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -14,6 +15,7 @@ use crate::api::instance;
 use crate::device::block::WORKERS;
 use crate::device::vsock::SocketFile;
 use crate::exit;
+use crate::lifecycle::chain;
 use crate::machine::{Config, Interrupts, MachineError, Resources};
 use crate::sandbox::{self, Guidance, Sandbox};
 
@@ -141,11 +143,12 @@ impl Arguments {
 }
 
 impl Wishes {
-    /// Opens what `config` names and has a process that is confined wait for orders to boot it. `filters`: with filters of
-    /// system calls.
+    /// Opens what `config` names and has a process that is confined wait for orders to boot it. `console` takes the
+    /// place of standard output there. `filters`: with filters of system calls.
     pub fn start(
         &self,
         config: Config,
+        console: Option<File>,
         guidance: Guidance,
         filters: bool,
         janitor: &Rc<Janitor>,
@@ -159,28 +162,40 @@ impl Wishes {
             notice(&format!("the jail is weaker than it should be: {lack}"));
         }
         let (sandbox, socket) = Sandbox::new()?;
-        let given = (resources, socket);
         let process = prepared.start(
-            given,
-            |(resources, socket)| {
+            (resources, socket, console),
+            |(resources, socket, console)| {
                 let mut descriptors = resources.descriptors();
                 descriptors.push(socket.as_fd());
+                descriptors.extend(console.iter().map(AsFd::as_fd));
                 descriptors
             },
-            |(resources, socket), entered| {
-                let work = || -> Result<u8, Error> {
+            |(resources, socket, console), entered| {
+                let catch = || -> Result<Interrupts, Error> {
                     let inside = entered?;
+                    if let Some(console) = console {
+                        rustix::stdio::dup2_stdout(&console)?;
+                    }
                     let interrupts = Interrupts::catch()?.and_transport_resets()?;
                     inside.let_signals_come();
                     jailer::seccomp::catch_violations(inside.report)
                         .map_err(MachineError::host("catch forbidden system calls"))?;
-                    crate::memory::warm_heap();
-                    let resources = resources.with_sockets_in(Path::new(SOCKETS));
-                    sandbox::serve(socket, &config, guidance, resources, interrupts)?;
-                    Ok(exit::CLEAN)
+                    Ok(interrupts)
                 };
-                // Whoever gives the orders tells why.
-                work().unwrap_or(exit::USAGE_OR_HOST)
+                match catch() {
+                    Ok(interrupts) => {
+                        crate::memory::warm_heap();
+                        let resources = resources.with_sockets_in(Path::new(SOCKETS));
+                        // Whoever gives the orders is told why.
+                        let served =
+                            sandbox::serve(socket, &config, guidance, resources, interrupts);
+                        u8::from(served.is_err())
+                    }
+                    Err(error) => {
+                        sandbox::refuse(socket, chain(&*error));
+                        exit::USAGE_OR_HOST
+                    }
+                }
             },
         )?;
         Ok(instance::Machine { sandbox, process, files })
