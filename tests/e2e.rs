@@ -55,6 +55,10 @@ mod probe;
 mod residue;
 /// A machine that obeys orders over a socket: what `launch` and the API are made of.
 mod sandbox;
+/// A machine that is captured goes on in another one.
+mod snapshot;
+/// `snapshot`: the same by command, with files and their faults.
+mod snapshot_command;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
 /// Bytes in either direction, on connections that either side has opened.

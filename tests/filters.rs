@@ -22,6 +22,7 @@ const REPERTOIRE: [&str; 10] = [
     "hostile::",
     "lives::",
     "messages::",
+    "snapshot_command::",
     "vsock::",
 ];
 

@@ -9,6 +9,7 @@ pub mod held;
 pub mod holdings;
 pub mod lab;
 pub mod process;
+pub mod vm;
 pub mod vsock_guest;
 
 use std::fmt;

@@ -6,10 +6,12 @@ mod doctor;
 mod jail;
 mod lab;
 mod launch;
+mod machine;
 mod merge;
 mod probe;
 mod reports;
 mod run;
+mod snapshot;
 mod soak;
 mod vsock;
 
@@ -36,6 +38,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Arguments>),
+    Snapshot(Box<snapshot::Arguments>),
     Soak(Box<soak::Arguments>),
     Launch(Box<launch::Arguments>),
     Probe(probe::Arguments),
@@ -78,6 +81,7 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     }
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
+        Command::Snapshot(arguments) => snapshot::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Launch(arguments) => launch::main(&arguments, null),
         Command::Probe(arguments) => probe::main(&arguments),

@@ -107,18 +107,30 @@ impl Arguments {
         notice: impl Fn(&str),
         work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
     ) -> Result<u8, Error> {
+        self.run_with(config, Ok, notice, work)
+    }
+
+    /// The same with what else `add` gives to what was opened.
+    pub fn run_with(
+        &self,
+        config: Config,
+        add: impl FnOnce(Resources) -> Result<Resources, Error>,
+        notice: impl Fn(&str),
+        work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
+    ) -> Result<u8, Error> {
         if self.no_jail {
             notice("--no-jail: the machine runs in this process, with all its rights");
             allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
             let interrupts = Interrupts::catch_as_started()?.and_transport_resets()?;
             let (resources, _socket_files) = Resources::open(&config)?;
-            return work(&config, resources, interrupts);
+            return work(&config, add(resources)?, interrupts);
         }
         let config = Config { seccomp: true, ..config };
         let id = self.wishes.id.clone().unwrap_or_else(Id::of_this_process);
         let prepared = self.wishes.jail(&config, id)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
+        let resources = add(resources)?;
         for lack in prepared.lacks() {
             notice(&format!("the jail is weaker than it should be: {lack}"));
         }

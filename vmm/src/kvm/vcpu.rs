@@ -17,7 +17,7 @@ use super::KvmError;
 use super::coalesced::CoalescedWrites;
 use super::msr_exits::{MsrRead, MsrWrite};
 use super::pmu::PmuAbsence;
-use super::state::PowerOnState;
+use super::state::{PowerOnState, StateError, VcpuState};
 use super::template::MsrChange;
 use super::tsc::TscOffset;
 use super::unhalted::UnhaltedClock;
@@ -204,6 +204,33 @@ impl Vcpu {
     /// See [`PowerOnState::restore`].
     pub fn reset(&self, state: &PowerOnState, tsc: TscOffset) -> Result<(), KvmError> {
         state.restore(&self.fd, tsc)
+    }
+
+    /// What a parked vCPU is now, on a clock that is at zero with the offset `zero`; see [`VcpuState::capture`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn capture(&self, power_on: &PowerOnState, zero: TscOffset) -> Result<VcpuState, KvmError> {
+        VcpuState::capture(&self.fd, &self.cpuid, power_on, zero)
+    }
+
+    /// Makes this vCPU, which has not run, what another one was; see [`VcpuState::restore`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn restore(
+        &self,
+        state: &VcpuState,
+        power_on: &PowerOnState,
+        zero: TscOffset,
+    ) -> Result<(), StateError> {
+        state.restore(&self.fd, &self.cpuid, power_on, zero)
+    }
+
+    /// Tells a guest that reads KVM's clock that it was paused, so that its watchdogs forgive the time. Others need not know, and
+    /// KVM refuses then.
+    pub fn note_pause(&self) {
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Runs the guest until it needs something.

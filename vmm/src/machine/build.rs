@@ -15,8 +15,8 @@ use super::resources::Origin;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
-    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message,
-    Resources, VirtioDevices,
+    Config, Devices, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+    VirtioDevices,
 };
 use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, lock};
@@ -28,16 +28,18 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::rng::Rng;
 use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::device::virtio::bell::Bell;
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
-use crate::device::vsock::{GuestCid, Listener, Vsock};
+use crate::device::vsock::{Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
+use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Kvm, KvmError, cpuid};
+use crate::kvm::{CpuId, Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
-use crate::memory::{Memory, Template};
+use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
 /// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
@@ -50,7 +52,11 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, origin, listener, disks } = resources;
+    let Resources { kvm, module, origin, listener, disks, template: snapshot, .. } = resources;
+    let restore = config.restore.as_ref().zip(snapshot);
+    if let Some((restore, snapshot)) = &restore {
+        restore.check(config, snapshot.bytes())?;
+    }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
@@ -60,6 +66,7 @@ pub fn launch(
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
     config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
+    let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
@@ -72,13 +79,14 @@ pub fn launch(
         Origin::Image(image) => template(config, image, vcpu_count)?,
         Origin::Template(template, entry) => (template, entry),
     };
-    let (vm, memory) = build_vm(config, &template, &kvm, (module, kind))?;
+    let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
+    let Built { vm, memory, boot } = build_vm(config, (&template, snapshot), &kvm, (module, kind))?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
 
     let (outbox, inbox) = channel();
-    let wake = Arc::new(eventfd()?);
+    let wake = Arc::new(Bell::new().map_err(MachineError::host("create an eventfd"))?);
     let mut event_loop = EventLoop::new()?;
     let devices = build_devices(config, (listener, disks), &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
@@ -113,20 +121,38 @@ pub fn launch(
         clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
     };
     let (events_out, events) = events(config.rings)?;
-    let machine = Machine {
+    let first = vcpus.first().map(|(thread, _)| thread.vcpu());
+    identity.tsc_khz = first.map_or(0, |vcpu| cpuid::tsc_khz(vcpu.cpuid()));
+    let mut machine = Machine {
         vcpus,
         devices,
         vm,
         memory,
         config: config.clone(),
+        boot,
+        parent: restore.as_ref().map(|(restore, _)| restore.header.id),
         life: 1,
+        cause: Cause::PowerOn,
+        identity,
+        paused: None,
         rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
         events: events_out,
     };
+    if let Some((restore, _)) = restore {
+        restore.header.check_host(&machine.identity)?;
+        machine.restore(&restore.state)?;
+    }
     start(machine, (event_loop, thread), interrupts, outbox, events, host)
+}
+
+/// What this host is to a guest: performance counters are a matter of the configuration.
+pub fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+    let mut cpuid = supported.clone();
+    pmu::hide(&mut cpuid);
+    HostIdentity::new(&cpuid, kind)
 }
 
 /// The counters of one vCPU.
@@ -160,6 +186,8 @@ fn start(
     if machine.config.seccomp {
         restrict(ThreadKind::Main)?;
     }
+    let first_life = (machine.life, machine.cause);
+    let is_restored = machine.config.restore.is_some();
     // From here on the vCPUs may hold any device.
     machine.run_vcpus();
     let thread = thread.run((event_loop, machine, interrupts));
@@ -174,6 +202,8 @@ fn start(
         mmio,
         console,
         host,
+        first_life,
+        is_restored,
         thread: Some(thread),
     })
 }
@@ -190,30 +220,41 @@ pub(super) fn template(
     })
 }
 
+struct Built {
+    vm: Vm,
+    memory: Memory,
+    /// RAM at power-on, if that is not what the machine begins with.
+    boot: Option<Backing>,
+}
+
 fn build_vm(
     config: &Config,
-    template: &Template,
+    (template, snapshot): (&Template, Option<&Template>),
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
-) -> Result<(Vm, Memory), MachineError> {
-    let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_contents(template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(template)?,
-        Payload::Linux(_) => Memory::map_copy(template)?,
+) -> Result<Built, MachineError> {
+    let image = match config.payload {
+        Payload::Agent(_) => Backing::contents(template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(template)?,
+        Payload::Linux(_) => Backing::copy(template)?,
     };
+    let (backing, boot) = match snapshot {
+        Some(snapshot) => (Backing::extents(snapshot, layout::AGENT_END)?, Some(image)),
+        None => (image, None),
+    };
+    let memory = Memory::map(backing)?;
+    if config.track_dirty_pages {
+        memory.track_writes();
+    }
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok((vm, memory))
+    Ok(Built { vm, memory, boot })
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
-}
-
-fn guest_cid() -> GuestCid {
-    GuestCid::new(GUEST_CID).expect("3 is no reserved context identifier")
 }
 
 /// Makes the devices, puts them on their buses and into the event loop.
@@ -257,7 +298,7 @@ fn build_devices(
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
-    let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
+    let vsock = slots.add(Vsock::new(config.cid, listener)?)?;
     let rng = match config.rng {
         true => Some(slots.add(Rng::new().map_err(MachineError::host("create an eventfd"))?)?),
         false => None,
