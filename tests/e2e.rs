@@ -5,6 +5,8 @@
 /// How tests run the program, make guests and read what they say.
 mod harness;
 
+/// `api`: Firecracker's interface over HTTP, and our own beside it.
+mod api;
 /// An agent that is after its monitor: the next life is clean, and nothing grows.
 mod attacks;
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.

@@ -37,7 +37,7 @@ use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{CpuId, Kvm, cpuid};
+use crate::kvm::{CpuId, Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
 use crate::memory::{Backing, Memory, Template};
 
@@ -65,6 +65,7 @@ pub fn launch(
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
+    config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
     let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
@@ -72,6 +73,7 @@ pub fn launch(
         let globals = shape.has_globals().then_some(shape.counters());
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
+    config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
     let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
     let Built { vm, memory, entry, boot } =
@@ -102,6 +104,7 @@ pub fn launch(
             });
             surroundings.coalesced = vm.coalesce_writes(&vcpu, ranges)?;
         }
+        vcpu.change_msrs(&config.cpu_template.msrs)?;
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
         let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
