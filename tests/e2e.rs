@@ -51,6 +51,8 @@ mod messages;
 mod probe;
 /// `--poison`: state that was dirty before a reset is clean after it, item by item.
 mod residue;
+/// A machine that obeys orders over a socket: what `launch` and the API are made of.
+mod sandbox;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
 /// Bytes in either direction, on connections that either side has opened.

@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::id::Id;
-use crate::janitor::Janitor;
+use crate::janitor::Ward;
 use hierarchy::{Hierarchy, Version};
 
 /// Length of the period in which processor time is shared out, in microseconds (the kernel's default).
@@ -156,8 +156,8 @@ pub(crate) struct Cgroup {
 struct Group {
     version: Version,
     dir: PathBuf,
-    /// By what a process joins: the directory itself (version 2) or its file `tasks`.
-    entry: OwnedFd,
+    /// By what a process joins: the directory itself (version 2) or its file `tasks`. `None` once it has.
+    entry: Option<OwnedFd>,
 }
 
 impl Cgroup {
@@ -165,7 +165,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// [`CgroupError`].
-    pub fn make(plan: &CgroupPlan, id: &Id, janitor: &mut Janitor) -> Result<Self, CgroupError> {
+    pub fn make(plan: &CgroupPlan, id: &Id, ward: &Ward) -> Result<Self, CgroupError> {
         let leads_up = |path: &PathBuf| path.components().any(|part| part == Component::ParentDir);
         if let Some(parent) = plan.parent.as_ref().filter(|parent| leads_up(parent)) {
             return Err(CgroupError::Parent(parent.clone()));
@@ -175,13 +175,13 @@ impl Cgroup {
         let limits = plan.limits();
         let mut limited = Vec::new();
         for limit in &limits {
-            limited.push(cgroup.add(limit.controller, &own, plan, id, janitor)?);
+            limited.push(cgroup.add(limit.controller, &own, plan, id, ward)?);
         }
         let mut set = Vec::new();
         for setting in &plan.settings {
             // A file is named for its controller.
             let (controller, _) = setting.file.split_once('.').unwrap_or_default();
-            set.push(cgroup.add(controller, &own, plan, id, janitor)?);
+            set.push(cgroup.add(controller, &own, plan, id, ward)?);
         }
         for (limit, group) in limits.iter().zip(limited) {
             cgroup.groups[group].limit(limit)?;
@@ -194,20 +194,26 @@ impl Cgroup {
 
     /// The directory that a process is to be made in (`CLONE_INTO_CGROUP`), if there is one of version 2.
     pub fn birthplace(&self) -> Option<BorrowedFd<'_>> {
-        self.groups.iter().find(|g| g.version == Version::V2).map(|g| g.entry.as_fd())
+        self.groups.iter().find(|g| g.version == Version::V2)?.entry.as_ref().map(AsFd::as_fd)
     }
 
     /// What a process needs to join the groups of version 1.
     pub fn entries(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.groups.iter().map(|group| group.entry.as_fd())
+        self.groups.iter().filter_map(|group| group.entry.as_ref()).map(AsFd::as_fd)
+    }
+
+    /// The process has what it needs to join.
+    pub fn close_entries(&mut self) {
+        self.groups.iter_mut().for_each(|group| group.entry = None);
     }
 
     /// Moves this thread, the only one of its process, into the groups of version 1.
     pub fn join(&self) -> io::Result<()> {
-        for group in self.groups.iter().filter(|group| group.version == Version::V1) {
+        let groups = self.groups.iter().filter(|group| group.version == Version::V1);
+        for entry in groups.filter_map(|group| group.entry.as_ref()) {
             // Zero is the thread that writes. Moving itself alone, it need not wait for all other processes' forks, as
             // with the file `cgroup.procs`.
-            rustix::io::write(&group.entry, b"0")?;
+            rustix::io::write(entry, b"0")?;
         }
         Ok(())
     }
@@ -232,7 +238,7 @@ impl Cgroup {
         own: &str,
         plan: &CgroupPlan,
         id: &Id,
-        janitor: &mut Janitor,
+        ward: &Ward,
     ) -> Result<usize, CgroupError> {
         let hierarchy = Hierarchy::of(controller, own, Path::exists)
             .filter(|hierarchy| hierarchy.version == Version::V1 || offers(hierarchy, controller))
@@ -249,7 +255,7 @@ impl Cgroup {
         if let Some(index) = self.groups.iter().position(|group| group.dir == dir) {
             return Ok(index);
         }
-        make_dir(&dir, janitor)?;
+        make_dir(&dir, ward)?;
         if controller == "cpuset" && hierarchy.version == Version::V1 {
             inherit_cpuset(&parent, &dir)?;
         }
@@ -257,7 +263,7 @@ impl Cgroup {
             Version::V1 => open(&dir.join("tasks"), OFlags::WRONLY)?,
             Version::V2 => open(&dir, OFlags::PATH | OFlags::DIRECTORY)?,
         };
-        self.groups.push(Group { version: hierarchy.version, dir, entry });
+        self.groups.push(Group { version: hierarchy.version, dir, entry: Some(entry) });
         Ok(self.groups.len() - 1)
     }
 }
@@ -372,10 +378,10 @@ fn inherit_cpuset(parent: &Path, dir: &Path) -> Result<(), CgroupError> {
     Ok(())
 }
 
-fn make_dir(dir: &Path, janitor: &mut Janitor) -> Result<(), CgroupError> {
-    janitor.remove_group(dir);
+fn make_dir(dir: &Path, ward: &Ward) -> Result<(), CgroupError> {
+    ward.remove_group(dir);
     fs::create_dir(dir).map_err(|source| {
-        janitor.forget(dir);
+        ward.forget(dir);
         match source.kind() {
             io::ErrorKind::AlreadyExists => CgroupError::InUse(dir.into()),
             _ => CgroupError::Make { path: dir.into(), source },

@@ -31,7 +31,7 @@ pub fn make(
     root: &Path,
     mounts: &[Mount],
     owner: Option<User>,
-    janitor: &mut Janitor,
+    janitor: &Janitor,
 ) -> Result<(), ChrootError> {
     if !make_directories(root, janitor)? {
         return Ok(());
@@ -57,7 +57,7 @@ pub fn make(
 }
 
 /// Makes a directory with all above it; false if it was there.
-fn make_directories(dir: &Path, janitor: &mut Janitor) -> Result<bool, ChrootError> {
+fn make_directories(dir: &Path, janitor: &Janitor) -> Result<bool, ChrootError> {
     if dir.is_dir() {
         return Ok(false);
     }
@@ -74,7 +74,7 @@ fn make_directories(dir: &Path, janitor: &mut Janitor) -> Result<bool, ChrootErr
     }
 }
 
-fn make_file(path: &Path, janitor: &mut Janitor) -> Result<(), ChrootError> {
+fn make_file(path: &Path, janitor: &Janitor) -> Result<(), ChrootError> {
     if let Some(above) = path.parent() {
         make_directories(above, janitor)?;
     }

@@ -1,34 +1,25 @@
-//! A jail from the caller's side: makes what the jailed process cannot make, lets it in, waits, and hands signals on.
+//! A jail from the caller's side: makes what the jailed process cannot make, and lets it in.
 
 use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use crate::cgroup::{Cgroup, CgroupError, CgroupPlan};
 use crate::id::Id;
-use crate::janitor::Janitor;
+use crate::janitor::{Janitor, Ward};
 use crate::limits::ResourceLimit;
 use crate::network::Network;
 use crate::root::{Mount, Root};
-use crate::seccomp::Violation;
+use crate::running::{End, HANDED_ON, Running};
 use crate::steps::{self, Entrance, StepError};
 use crate::sys::{self, Child, SignalFd, SignalMask};
 use crate::user::User;
-
-/// Signals that the caller hands on instead of dying of them.
-const HANDED_ON: [i32; 5] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGTSTP, libc::SIGUSR1];
-
-/// At which SIGINT, SIGTERM or SIGHUP a machine's process is killed. The first asks it to end, and the second makes it end at
-/// once, if it is still its own master.
-const PATIENCE: u32 = 3;
 
 /// What confines a process, as plain data.
 #[derive(Debug)]
@@ -83,19 +74,6 @@ fn host(action: &'static str) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError::Host { action, source }
 }
 
-/// How a jailed process ended.
-#[derive(Debug)]
-pub enum End {
-    /// By itself, with this status.
-    Exited(u8),
-    /// It made a system call that its filter forbids.
-    Forbidden(Violation),
-    /// The kernel killed it since its control group has no more memory.
-    OutOfMemory,
-    /// Somebody sent it this signal, or it crashed.
-    Killed(i32),
-}
-
 /// A jail that waits for its process.
 #[derive(Debug)]
 pub struct Prepared {
@@ -103,9 +81,12 @@ pub struct Prepared {
     cgroup: Option<Cgroup>,
     rootless: bool,
     lacks: Vec<String>,
-    signals: SignalFd,
-    // Last: it removes the control group.
-    janitor: Janitor,
+    /// Which signals the process lets come in the end.
+    mask: SignalMask,
+    /// Those that [`Prepared::run`] hands on.
+    signals: Option<SignalFd>,
+    // Last: dropped, it has the control group removed.
+    ward: Ward,
 }
 
 /// What a process that has got into its jail is given.
@@ -131,22 +112,37 @@ impl Inside {
 }
 
 impl Jail {
-    /// Makes what has to be there before the process: the janitor, the control group. From here on the caller does not die
-    /// of SIGINT, SIGTERM, SIGHUP or SIGUSR1; [`Prepared::run`] hands on those that it does not ignore. The caller has one thread.
+    /// Makes what has to be there before the process: a janitor of its own, the control group. From here on the caller does not
+    /// die of SIGINT, SIGTERM, SIGHUP or SIGUSR1; [`Prepared::run`] hands on those that it does not ignore. The caller has one
+    /// thread.
     ///
     /// # Errors
     /// [`JailError`].
     pub fn prepare(self) -> Result<Prepared, JailError> {
-        let rootless = !is_root().map_err(host("ask for capabilities"))?;
-        if rootless && self.user.is_some() {
-            return Err(JailError::NeedsRoot("becoming another user"));
-        }
-        sys::let_children_be_waited_for();
+        let rootless = self.is_rootless()?;
         let signals = SignalFd::new(&HANDED_ON).map_err(host("wait for signals"))?;
-        let mut janitor = Janitor::start(self.namespaces_of_janitor(rootless))
-            .map_err(host("start the janitor"))?;
+        // A namespace of the network takes as long as all the rest, and beside this process it takes no time.
+        let namespaces = if rootless { ThreadNameSpaceType::empty() } else { self.namespaces() };
+        let janitor = Janitor::with_namespaces(namespaces).map_err(host("start the janitor"))?;
+        let prepared = self.prepare_as(rootless, &Rc::new(janitor))?;
+        Ok(Prepared { mask: signals.before, signals: Some(signals), ..prepared })
+    }
+
+    /// The same for one jail of many, which share a janitor: what this one is made of goes as soon as it is over. The caller
+    /// sees to its signals itself, and is to use [`Prepared::start`].
+    ///
+    /// # Errors
+    /// [`JailError`].
+    pub fn prepare_with(self, janitor: &Rc<Janitor>) -> Result<Prepared, JailError> {
+        let rootless = self.is_rootless()?;
+        self.prepare_as(rootless, janitor)
+    }
+
+    fn prepare_as(self, rootless: bool, janitor: &Rc<Janitor>) -> Result<Prepared, JailError> {
+        sys::let_children_be_waited_for();
+        let ward = janitor.take_on();
         let mut lacks = Vec::new();
-        let cgroup = match Cgroup::make(&self.cgroup, &self.id, &mut janitor) {
+        let cgroup = match Cgroup::make(&self.cgroup, &self.id, &ward) {
             Ok(cgroup) => Some(cgroup),
             Err(error) if error.is_lack() && !self.cgroup.is_demanded() => {
                 lacks.push(format!(
@@ -160,16 +156,21 @@ impl Jail {
         if rootless && !rustix::process::getgroups().is_ok_and(|groups| groups.is_empty()) {
             lacks.push("supplementary groups stay, since only root can drop them".into());
         }
-        Ok(Prepared { jail: self, cgroup, rootless, lacks, signals, janitor })
+        let (mask, signals) = (SignalMask::now(), None);
+        Ok(Prepared { jail: self, cgroup, rootless, lacks, mask, signals, ward })
     }
-}
 
-impl Jail {
-    /// Namespaces that the janitor makes. Without root only the process itself can, in its user namespace.
-    fn namespaces_of_janitor(&self, rootless: bool) -> ThreadNameSpaceType {
-        if rootless {
-            return ThreadNameSpaceType::empty();
+    /// Whether the process is to be root in a user namespace instead of on the host.
+    fn is_rootless(&self) -> Result<bool, JailError> {
+        let rootless = !is_root().map_err(host("ask for capabilities"))?;
+        match rootless && self.user.is_some() {
+            true => Err(JailError::NeedsRoot("becoming another user")),
+            false => Ok(rootless),
         }
+    }
+
+    /// Namespaces that it has besides those of mounts and processes.
+    fn namespaces(&self) -> ThreadNameSpaceType {
         let others = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
             | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
         match self.network {
@@ -191,82 +192,92 @@ impl Prepared {
     }
 
     /// To be told of what has to be removed in the end.
-    pub fn janitor(&mut self) -> &mut Janitor {
-        &mut self.janitor
+    pub fn janitor(&self) -> &Janitor {
+        &self.ward.janitor
     }
 
-    /// Runs `inside` with what is `given` to it in a jailed copy of this process, and waits for its end. Of the caller's
-    /// descriptors the copy keeps the standard ones and `descriptors` of what is given; the caller drops its own. `inside` is
-    /// told if a step failed; what it returns is the process's exit status. Nothing else that the caller owns is dropped
-    /// in the copy.
+    /// Runs `inside` with what is `given` to it in a jailed copy of this process, and waits for its end; hands signals on to
+    /// it until then. See [`Prepared::start`].
     ///
     /// # Errors
     /// [`JailError`], if there was no process.
     pub fn run<T>(
-        self,
+        mut self,
         given: T,
         descriptors: impl FnOnce(&T) -> Vec<BorrowedFd<'_>>,
         inside: impl FnOnce(T, Result<Inside, StepError>) -> u8,
     ) -> Result<End, JailError> {
-        let (reports, report) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
-            .map_err(|errno| host("make a pipe")(errno.into()))?;
-        let (caller, ours) =
-            pipe_with(PipeFlags::CLOEXEC).map_err(|errno| host("make a pipe")(errno.into()))?;
+        let (signals, runs_a_program) = (self.signals.take(), self.jail.runs_a_program);
+        let running = self.start(given, descriptors, inside)?;
+        running.wait(signals, runs_a_program).map_err(host("wait for the jailed process"))
+    }
+
+    /// Runs `inside` with what is `given` to it in a jailed copy of this process. Of the caller's
+    /// descriptors the copy keeps the standard ones and `descriptors` of what is given; the caller drops its own. `inside` is
+    /// told if a step failed; what it returns is the process's exit status. Nothing else that the caller owns is dropped
+    /// in the copy. The caller has one thread.
+    ///
+    /// # Errors
+    /// [`JailError`], if there was no process.
+    pub fn start<T>(
+        mut self,
+        given: T,
+        descriptors: impl FnOnce(&T) -> Vec<BorrowedFd<'_>>,
+        inside: impl FnOnce(T, Result<Inside, StepError>) -> u8,
+    ) -> Result<Running, JailError> {
+        let pipe = |flags| {
+            pipe_with(PipeFlags::CLOEXEC | flags).map_err(|e| host("make a pipe")(e.into()))
+        };
+        let (reports, report) = pipe(PipeFlags::NONBLOCK)?;
+        let go = if self.rootless { Some(pipe(PipeFlags::empty())?) } else { None };
         let birthplace = self.cgroup.as_ref().and_then(Cgroup::birthplace);
-        let process = match sys::clone_process(self.namespaces(), birthplace) {
+        let flags = self.flags();
+        let process = match sys::clone_process(flags, birthplace) {
             Ok(Some(process)) => process,
             Ok(None) => {
-                let entered = self.enter(caller.as_fd(), report, descriptors(&given));
+                let rootless = go.as_ref().map(|(go, _)| go.as_fd());
+                let entered = self.enter(rootless, report, descriptors(&given));
                 std::process::exit(inside(given, entered).into())
             }
             Err(error) if self.rootless => return Err(JailError::UserNamespace(error)),
             Err(error) => return Err(host("make a process in new namespaces")(error)),
         };
-        drop((caller, report, given));
-        self.janitor.guard(process.pidfd.as_fd());
-        if self.rootless {
-            let started = map_user(&process)
-                .and_then(|()| rustix::io::write(&ours, &[0]).map_err(io::Error::from));
-            if let Err(error) = started {
-                // It must not go on when the pipe closes. Nobody needs its status.
-                let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
-                return Err(host("map the user into a user namespace")(error));
-            }
+        self.ward.guard(process.pidfd.as_fd());
+        drop((report, given));
+        if let Some(signals) = self.signals.take() {
+            signals.before.set();
         }
-        let status = self.wait(&process).map_err(host("wait for the jailed process"))?;
-        Ok(match (status.exit_status(), Violation::read(&reports)) {
-            (_, Some(violation)) => End::Forbidden(violation),
-            (Some(status), None) => End::Exited(status as u8),
-            (None, None) => match status.terminating_signal().unwrap_or_default() {
-                libc::SIGKILL if self.is_out_of_memory() => End::OutOfMemory,
-                signal => End::Killed(signal),
-            },
-        })
+        self.cgroup.iter_mut().for_each(Cgroup::close_entries);
+        let Self { cgroup, ward, .. } = self;
+        let leads_namespace = flags & libc::CLONE_NEWPID as u64 != 0;
+        let running =
+            Running { process, leads_namespace, reports, cgroup, ended: false, _ward: ward };
+        if let Some((_, go)) = go {
+            // Should this fail, dropping kills it: it must not go on when the pipe closes. Nobody needs its status.
+            map_user(&running.process)
+                .and_then(|()| rustix::io::write(&go, &[0]).map_err(io::Error::from))
+                .map_err(host("map the user into a user namespace"))?;
+        }
+        Ok(running)
     }
 
-    fn is_out_of_memory(&self) -> bool {
-        self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
-    }
-
-    /// Namespaces that the process is born in (clone(2)).
-    fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWNS;
+    /// Namespaces that the process is born in (clone(2)): those that no janitor has made for it.
+    fn flags(&self) -> u64 {
+        let mut flags = (self.jail.namespaces() - self.ward.janitor.namespaces()).bits();
+        flags |= libc::CLONE_NEWNS as u32;
         if self.jail.new_pid_namespace || self.rootless {
-            flags |= libc::CLONE_NEWPID;
+            flags |= libc::CLONE_NEWPID as u32;
         }
         if self.rootless {
-            flags |= libc::CLONE_NEWUSER | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-            if matches!(self.jail.network, Network::New) {
-                flags |= libc::CLONE_NEWNET;
-            }
+            flags |= libc::CLONE_NEWUSER as u32;
         }
-        flags as u64
+        flags.into()
     }
 
     /// The copy's way into the jail.
     fn enter(
         self,
-        caller: BorrowedFd<'_>,
+        rootless: Option<BorrowedFd<'_>>,
         report: OwnedFd,
         given: Vec<BorrowedFd<'_>>,
     ) -> Result<Inside, StepError> {
@@ -276,82 +287,12 @@ impl Prepared {
         steps::confine(&Entrance {
             jail: &prepared.jail,
             cgroup: prepared.cgroup.as_ref(),
-            janitor: &prepared.janitor,
-            rootless: prepared.rootless,
-            caller,
+            janitor: &prepared.ward.janitor,
+            rootless,
             kept: &[&standard[..], &[report.as_fd()], &given].concat(),
         })?;
-        Ok(Inside { report, signals: prepared.signals.before })
+        Ok(Inside { report, signals: prepared.mask })
     }
-
-    /// Waits for the process's end and hands signals on to it until then.
-    fn wait(&self, process: &Child) -> io::Result<WaitIdStatus> {
-        let leads_namespace = self.namespaces() & libc::CLONE_NEWPID as u64 != 0;
-        let mut ends_wanted = 0;
-        loop {
-            let mut ready = [
-                PollFd::new(&process.pidfd, PollFlags::IN),
-                PollFd::new(&self.signals, PollFlags::IN),
-            ];
-            match poll(&mut ready, None) {
-                Err(rustix::io::Errno::INTR) => continue,
-                result => result?,
-            };
-            let (ended, signalled) =
-                (!ready[0].revents().is_empty(), !ready[1].revents().is_empty());
-            if ended {
-                let id = WaitId::PidFd(process.pidfd.as_fd());
-                if let Some(status) = rustix::process::waitid(id, WaitIdOptions::EXITED)? {
-                    return Ok(status);
-                }
-            } else if signalled {
-                let signal = self.signals.take()?;
-                ends_wanted += u32::from(![libc::SIGTSTP, libc::SIGUSR1].contains(&signal));
-                if ends_wanted >= PATIENCE && !self.jail.runs_a_program {
-                    // It was told, and either hangs or is somebody else's by now.
-                    let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
-                } else {
-                    hand_on(signal, process, leads_namespace);
-                }
-            }
-        }
-    }
-}
-
-/// Hands a signal on to a process. It may have ended meanwhile, which the next look will show.
-fn hand_on(signal: i32, process: &Child, leads_namespace: bool) {
-    let send = |signal| {
-        let _ = rustix::process::pidfd_send_signal(&process.pidfd, signal);
-    };
-    match signal {
-        // Both stop, and go on together: whoever stops a program at a terminal stops its machine.
-        libc::SIGTSTP => {
-            send(Signal::STOP);
-            sys::stop_this_process();
-            send(Signal::CONT);
-        }
-        // The kernel keeps it from the first process of a namespace, whom it would end (pid_namespaces(7)).
-        _ if leads_namespace && takes_default_action(process, signal) => send(Signal::KILL),
-        libc::SIGINT => send(Signal::INT),
-        libc::SIGHUP => send(Signal::HUP),
-        libc::SIGUSR1 => send(Signal::USR1),
-        _ => send(Signal::TERM),
-    }
-}
-
-/// True if a process neither blocks, ignores nor catches `signal` (proc(5)).
-fn takes_default_action(process: &Child, signal: i32) -> bool {
-    let read = |file| fs::read_to_string(format!("/proc/{}/{file}", process.pid.as_raw_pid()));
-    let (Ok(status), Ok(call)) = (read("status"), read("syscall")) else { return false };
-    let masks = status.lines().filter_map(|line| {
-        let (name, mask) = line.split_once(":\t")?;
-        let is_wanted = ["SigBlk", "SigIgn", "SigCgt"].contains(&name);
-        is_wanted.then(|| u64::from_str_radix(mask, 16).unwrap_or(u64::MAX))
-    });
-    let taken = masks.fold(0, |all, mask| all | mask) & (1 << (signal - 1)) != 0;
-    // Whoever waits for a signal in this call blocks it, though it does not show as blocked meanwhile.
-    let waits = call.split(' ').next() == Some(&libc::SYS_rt_sigtimedwait.to_string());
-    !taken && !waits
 }
 
 /// True if this process may do all that a jail takes without a user namespace.

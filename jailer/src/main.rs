@@ -190,7 +190,7 @@ fn run(
         .map(|word| CString::new(word.clone().into_vec()))
         .collect::<Result<_, _>>()?;
     let (root, mounts) = (jail.root.clone(), jail.mounts.clone());
-    let mut prepared = jail.prepare()?;
+    let prepared = jail.prepare()?;
     for lack in prepared.lacks() {
         eprintln!("jailer: the jail is weaker than it should be: {lack}");
     }

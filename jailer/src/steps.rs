@@ -39,10 +39,9 @@ pub(crate) struct Entrance<'a> {
     pub jail: &'a Jail,
     pub cgroup: Option<&'a Cgroup>,
     pub janitor: &'a Janitor,
-    /// The process is root in a new user namespace instead of on the host.
-    pub rootless: bool,
-    /// Is at its end when the caller dies; its first byte says that the caller has done its part.
-    pub caller: BorrowedFd<'a>,
+    /// The process is root in a new user namespace instead of on the host. The first byte says that the caller has done its
+    /// part.
+    pub rootless: Option<BorrowedFd<'a>>,
     /// What the process works with later.
     pub kept: &'a [BorrowedFd<'a>],
 }
@@ -50,15 +49,15 @@ pub(crate) struct Entrance<'a> {
 /// Takes this process into the jail. It was born in the new namespaces (and in the control group, if that is of version 2)
 /// and has one thread; when this returns it may no longer do anything but work with the descriptors that it has.
 pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
-    let Entrance { jail, cgroup, janitor, rootless, caller, kept } = *entrance;
+    let Entrance { jail, cgroup, janitor, rootless, kept } = *entrance;
     // 1. Descriptors first: the caller's may lead anywhere, and the janitor must see the caller's end of its orders close.
-    let mut descriptors = vec![caller];
-    descriptors.extend(janitor.descriptors());
+    let mut descriptors = janitor.descriptors().to_vec();
+    descriptors.extend(rootless);
     descriptors.extend(cgroup.iter().flat_map(|cgroup| cgroup.entries()));
     descriptors.extend(jail.network.descriptor());
     sys::close_all_but(&[kept, &descriptors].concat());
     // 2. In a new user namespace nothing is allowed before the caller has said who is who.
-    if rootless {
+    if let Some(caller) = rootless {
         rustix::io::read(caller, &mut [0]).map_err(step("wait for the user namespace"))?;
     }
     // 3. Away from the caller's terminal: its signals are for the caller, who hands them on, and nobody in here types into it.
@@ -77,8 +76,8 @@ pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
     }
     // 7. No program that it starts can have more rights than it. While it still has the right to say so.
     sys::drop_bounding_set().map_err(step("drop the bounding set"))?;
-    // 8. No network, or the one that was asked for; nobody else's shared memory. The janitor has had all the time until here
-    //    to make these namespaces.
+    // 8. No network, or the one that was asked for; nobody else's shared memory. A janitor of this jail alone has had all the
+    //    time until here to make these namespaces; with another one this process was born in them.
     janitor.join_namespaces().map_err(step("make namespaces"))?;
     if let Network::Join(namespace) = &jail.network {
         network::join(namespace.as_fd()).map_err(step("join the network namespace"))?;
@@ -88,14 +87,14 @@ pub(crate) fn confine(entrance: &Entrance<'_>) -> Result<(), StepError> {
     // 10. A name of its own, so that the host's does not tell where this is.
     rustix::system::sethostname(jail.id.as_str().as_bytes()).map_err(step("set the host name"))?;
     // 11. No rights: groups before the group, the group before the user, and what capabilities are left at last.
-    give_up_rights(jail, rootless)?;
+    give_up_rights(jail, rootless.is_some())?;
     // 12. Programs that would give rights do not. The filters and Landlock need it as well.
     rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
     // 13. Die with the caller. After the change of user, which would undo it; should the caller have died before, its end
     //     of the pipe is closed.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(step("die with the caller"))?;
-    caller_lives(caller).map_err(step("die with the caller"))?;
+    caller_lives(janitor.life_of_caller()).map_err(step("die with the caller"))?;
     // 14. Landlock, as far as this kernel has it.
     restrict_by_landlock(jail.runs_a_program)?;
     // 15. Of the descriptors, what the process works with is left.

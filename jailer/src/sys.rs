@@ -142,6 +142,16 @@ pub(crate) fn let_children_be_waited_for() {
 pub(crate) struct SignalMask(libc::sigset_t);
 
 impl SignalMask {
+    /// Those that are blocked now.
+    pub fn now() -> Self {
+        let mut now = MaybeUninit::uninit();
+        // SAFETY: without a set the call changes nothing, and initialises `now`.
+        unsafe {
+            libc::sigprocmask(libc::SIG_BLOCK, std::ptr::null(), now.as_mut_ptr());
+            Self(now.assume_init())
+        }
+    }
+
     /// Blocks these signals and no others in this thread.
     pub fn set(&self) {
         // SAFETY: the set came from sigprocmask.

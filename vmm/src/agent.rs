@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{self, FrameError};
 use agent_protocol::{
-    CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, PROTOCOL_VERSION,
-    Poisoning, Probe, Probed, Reply, Report, Request, StateReading, Transfer,
+    CheckTicks, ConnectError, DiskAnswer, DiskRequest, GuestReset, Hello, Identity,
+    PROTOCOL_VERSION, Poisoning, Probe, Probed, Reply, Report, Request, StateReading, Transfer,
 };
 use serde::de::DeserializeOwned;
 
@@ -208,6 +208,34 @@ impl Agent {
         }
     }
 
+    /// Has the agent do a job; `Err` is why it does not.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn job(
+        &mut self,
+        name: String,
+        input: Vec<u8>,
+    ) -> Result<Result<Vec<u8>, String>, AgentError> {
+        match self.ask(&Request::Job { name, input })? {
+            Reply::Job(output) => Ok(Ok(output)),
+            Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Who the machine is among clones.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn identify(&mut self) -> Result<Result<Identity, String>, AgentError> {
+        match self.ask(&Request::Identify)? {
+            Reply::Identity(identity) => Ok(Ok(identity)),
+            Reply::Refused(why) => Ok(Err(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has the guest open a connection to `host_port`, on which it will greet like on this one. Gives its own port.
     ///
     /// # Errors
@@ -363,6 +391,8 @@ fn unexpected(reply: &Reply) -> AgentError {
         Reply::Connected(_) => "with the outcome of a connection".into(),
         Reply::Transferred(_) => "with the end of a transfer".into(),
         Reply::Probed(_) => "with what came of a probe".into(),
+        Reply::Job(_) => "with what came of a job".into(),
+        Reply::Identity(_) => "who it is".into(),
         Reply::Refused(why) => format!("that it refuses: {why}"),
     })
 }

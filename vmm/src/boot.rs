@@ -13,10 +13,12 @@ use std::io::{self, Cursor, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use agent_protocol::GENERATION_LEN;
 use images::guest::LinuxGuest;
 use images::kernel::KernelError;
 use linux_loader::loader::{self, KernelLoader};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{self, Entry, VirtioSlot};
@@ -64,6 +66,11 @@ impl Payload {
     /// Whether an agent runs in it, in either personality.
     pub fn has_agent(&self) -> bool {
         matches!(self, Self::Agent(_) | Self::Linux(_))
+    }
+
+    /// Whether that is the agent that needs no kernel.
+    pub fn is_unikernel(&self) -> bool {
+        matches!(self, Self::Agent(_))
     }
 
     /// Opens the files. What is in them is looked at by [`load`] alone.
@@ -147,6 +154,9 @@ pub enum BootError {
         /// What the system said.
         source: io::Error,
     },
+    /// The host has no random bytes.
+    #[error("get random bytes for the machine's generation")]
+    Random(#[source] io::Error),
     /// There is no kernel with modules, or it lacks one.
     #[error(transparent)]
     Linux(#[from] KernelError),
@@ -239,6 +249,17 @@ pub fn write_command_line(ram: &GuestRam, text: &str) -> Result<(), BootError> {
     check_command_line(text)?;
     ram.write_slice(text.as_bytes(), GuestAddress(layout::COMMAND_LINE))?;
     Ok(ram.write_obj(0u8, GuestAddress(layout::COMMAND_LINE + text.len() as u64))?)
+}
+
+/// Writes a generation that no machine had before.
+///
+/// # Errors
+/// [`BootError`] if there is no RAM, or the host has no random bytes.
+pub fn write_generation(ram: &GuestRam) -> Result<(), BootError> {
+    let mut generation = [0; GENERATION_LEN];
+    getrandom(&mut generation, GetRandomFlags::empty())
+        .map_err(|errno| BootError::Random(errno.into()))?;
+    Ok(ram.write_slice(&generation, GuestAddress(layout::GENERATION))?)
 }
 
 /// Where an initrd lies in RAM.

@@ -37,6 +37,8 @@ pub const PVH_MODULE: u64 = 0x6200;
 pub const COMMAND_LINE: u64 = 0x6240;
 /// Longest command line with its zero, in bytes: Linux takes no more on x86 (`COMMAND_LINE_SIZE`), nor does the agent.
 pub const COMMAND_LINE_MAX: usize = 2048;
+/// The machine's generation, for agents: [`agent_protocol::GENERATION_LEN`] bytes in the same page.
+pub const GENERATION: u64 = 0x6f00;
 /// `boot_params` of the Linux boot protocol.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Page tables of the 64-bit Linux boot protocol: one PML4, one PDPT, four page directories.

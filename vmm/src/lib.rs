@@ -26,6 +26,7 @@ pub mod machine;
 pub mod memory;
 pub mod page;
 pub mod probe;
+pub mod sandbox;
 pub mod schedule;
 pub mod snapshot;
 pub mod soak;

@@ -15,6 +15,17 @@ use crate::schedule::{Moment, Schedule, Step};
 use crate::verify::{self, Failure, FailureKind, Life};
 pub use trace::Trace;
 
+/// How an agent proves that nothing of the life before is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResidueCheck {
+    /// Not at all.
+    Off,
+    /// Everything has to be as it was at power-on, whatever the life before did to it.
+    Compare,
+    /// The same, and all of it is poisoned before each reset.
+    Poison,
+}
+
 /// What to do with a machine.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -24,8 +35,8 @@ pub struct Plan {
     pub schedule: Schedule,
     /// NMIs to inject into the first life.
     pub nmis: u32,
-    /// Whether all state is poisoned before each reset, and looked at first thing afterwards.
-    pub poison: bool,
+    /// What is looked for first thing after a reset.
+    pub residue: ResidueCheck,
     /// Whether the agent leaves its performance counters running and dirty before each reset.
     pub arms_pmu: bool,
     /// Whether each later life gets an NMI that was meant for the one before ([`crate::fault::Fault::NmiAfterReset`]).
@@ -72,8 +83,7 @@ pub fn lead(
     let mut steps = plan.schedule.steps().take(plan.resets as usize);
     let mut current = Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: started };
     let trace = Trace::new(started);
-    let mut leader =
-        Leader { machine, plan, power_on: None, poisoned: Vec::new(), left: false, trace };
+    let mut leader = Leader { trace, ..Leader::new(machine, plan) };
     loop {
         let (life, next) = leader.live(current, steps.next())?;
         on_life(&life, &leader.trace);
@@ -85,15 +95,20 @@ pub fn lead(
 }
 
 /// When and why a life began.
-#[derive(Clone, Copy)]
-struct Beginning {
-    life: u32,
-    cause: Cause,
-    moment: Option<Moment>,
-    at: Instant,
+#[derive(Clone, Copy, Debug)]
+pub struct Beginning {
+    /// Number of the life; the first is 1.
+    pub life: u32,
+    /// Why.
+    pub cause: Cause,
+    /// In the middle of what the reset came.
+    pub moment: Option<Moment>,
+    /// When its clock began.
+    pub at: Instant,
 }
 
-struct Leader<'a> {
+/// Leads a machine step by step.
+pub struct Leader<'a> {
     machine: &'a Handle,
     plan: &'a Plan,
     /// The state of the first life before it was poisoned, for the residue check.
@@ -117,26 +132,66 @@ impl From<LifecycleError> for Trouble {
     }
 }
 
+impl<'a> Leader<'a> {
+    /// Of `machine`, which has just been launched.
+    pub fn new(machine: &'a Handle, plan: &'a Plan) -> Self {
+        let trace = Trace::new(Instant::now());
+        Self { machine, plan, power_on: None, poisoned: Vec::new(), left: false, trace }
+    }
+}
+
 impl Leader<'_> {
+    /// Greets the agent of a life and has it report. Without an agent the life has failed, and says why.
+    ///
+    /// # Errors
+    /// [`LifecycleError`]; what a guest does is no error but a [`Failure`] of its life.
+    pub fn greet(&mut self, beginning: Beginning) -> Result<(Life, Option<Agent>), LifecycleError> {
+        let mut record = record_of(beginning);
+        let greeted = self.hear(&mut record, beginning.at);
+        self.settle(record, greeted)
+    }
+
+    /// Ends a life: resets the machine from outside and says how the next life began. If it did not, the life that was to
+    /// end has failed.
+    ///
+    /// # Errors
+    /// [`LifecycleError`].
+    pub fn recycle(
+        &mut self,
+        life: Beginning,
+        agent: Agent,
+    ) -> Result<Result<Beginning, Life>, LifecycleError> {
+        let step = Step { cause: Cause::Host, moment: Moment::Quiet, delay: Duration::ZERO };
+        let reset = self.reset(agent, step);
+        let (record, next) = self.settle(record_of(life), reset)?;
+        Ok(next.ok_or(record))
+    }
+
+    /// What came of a part of a life.
+    fn settle<T>(
+        &mut self,
+        mut record: Life,
+        result: Result<T, Trouble>,
+    ) -> Result<(Life, Option<T>), LifecycleError> {
+        match result {
+            Ok(value) => Ok((record, Some(value))),
+            Err(Trouble::Life(failure)) => {
+                self.trace.note(|| format!("life {} failed: {}", record.life, failure.kind.name()));
+                record.failure = Some(failure);
+                Ok((record, None))
+            }
+            Err(Trouble::End(error)) => Err(error),
+        }
+    }
+
     /// One life from its beginning to its reset, or to its end if there is none.
     fn live(
         &mut self,
-        Beginning { life, cause, moment, at }: Beginning,
+        beginning: Beginning,
         reset: Option<Step>,
     ) -> Result<(Life, Option<Beginning>), LifecycleError> {
-        let mut record = Life {
-            life,
-            cause,
-            moment,
-            hello_us: None,
-            report: None,
-            residue: Vec::new(),
-            look_ticks: None,
-            poison_ticks: None,
-            dma_audit: Vec::new(),
-            failure: None,
-        };
-        let lived = self.live_through(&mut record, at, reset);
+        let mut record = record_of(beginning);
+        let lived = self.live_through(&mut record, beginning.at, reset);
         if let Some(audit) = self.machine.dma_audit() {
             // Whatever the guest posted until its end. If there is no other life, the verdict's moment is that.
             record.dma_audit = match lived {
@@ -144,15 +199,8 @@ impl Leader<'_> {
                 _ => audit.take_all(),
             };
         }
-        match lived {
-            Ok(next) => Ok((record, next)),
-            Err(Trouble::Life(failure)) => {
-                self.trace.note(|| format!("life {life} failed: {}", failure.kind.name()));
-                record.failure = Some(failure);
-                Ok((record, None))
-            }
-            Err(Trouble::End(error)) => Err(error),
-        }
+        let (record, next) = self.settle(record, lived)?;
+        Ok((record, next.flatten()))
     }
 
     fn live_through(
@@ -161,10 +209,22 @@ impl Leader<'_> {
         began: Instant,
         reset: Option<Step>,
     ) -> Result<Option<Beginning>, Trouble> {
+        let mut agent = self.hear(record, began)?;
+        match reset {
+            Some(step) => {
+                self.dirty(&mut agent, record)?;
+                self.reset(agent, step).map(Some)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The greeting and the report.
+    fn hear(&mut self, record: &mut Life, began: Instant) -> Result<Agent, Trouble> {
         let mut agent = self.hello()?;
         record.hello_us = Some(began.elapsed().as_micros() as u64);
         self.trace.note(|| format!("hello of life {}", agent.hello().life));
-        if self.plan.poison {
+        if self.plan.residue != ResidueCheck::Off {
             self.look_for_residue(&mut agent, record)?;
             self.trace.note(|| "asked for its state".into());
         }
@@ -185,24 +245,23 @@ impl Leader<'_> {
         }
         record.report = Some(report);
         self.trace.note(|| "report".into());
-        match reset {
-            Some(step) => {
-                if self.plan.poison {
-                    let poisoned = agent.poison();
-                    let (poisoned, ticks) =
-                        poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
-                    (self.poisoned, record.poison_ticks) = (poisoned, Some(ticks));
-                    self.trace.note(|| "poisoned".into());
-                }
-                if self.plan.arms_pmu {
-                    let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
-                    armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
-                    self.trace.note(|| "counters are running".into());
-                }
-                self.reset(agent, step).map(Some)
-            }
-            None => Ok(None),
+        Ok(agent)
+    }
+
+    /// Leaves behind what the reset has to clean up.
+    fn dirty(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
+        if self.plan.residue == ResidueCheck::Poison {
+            let poisoned = agent.poison();
+            let (poisoned, ticks) = poisoned.map_err(|e| self.explain(e, FailureKind::NoReset))?;
+            (self.poisoned, record.poison_ticks) = (poisoned, Some(ticks));
+            self.trace.note(|| "poisoned".into());
         }
+        if self.plan.arms_pmu {
+            let armed = agent.arm_pmu(OVERFLOW_IN_CYCLES);
+            armed.map_err(|error| self.explain(error, FailureKind::NoReset))?;
+            self.trace.note(|| "counters are running".into());
+        }
+        Ok(())
     }
 
     /// The first thing that a life is asked.
@@ -212,7 +271,12 @@ impl Leader<'_> {
         record.look_ticks = Some(ticks);
         match &self.power_on {
             Some(power_on) => {
-                record.residue = verify::compare(power_on, &self.poisoned, &state);
+                record.residue = match self.plan.residue {
+                    ResidueCheck::Poison => verify::compare(power_on, &self.poisoned, &state),
+                    ResidueCheck::Compare | ResidueCheck::Off => {
+                        verify::differences(power_on, &state)
+                    }
+                };
                 if !self.machine.clears_hwcr() {
                     verify::excuse(&mut record.residue, "msr.hwcr", verify::UNCLEARED_HWCR);
                 }
@@ -303,6 +367,22 @@ impl Leader<'_> {
             lines => format!("{what}; the console ends with: {}", lines.join(" | ")),
         };
         Trouble::Life(Failure { kind, detail })
+    }
+}
+
+/// Of a life of which nothing is known yet.
+fn record_of(Beginning { life, cause, moment, .. }: Beginning) -> Life {
+    Life {
+        life,
+        cause,
+        moment,
+        hello_us: None,
+        report: None,
+        residue: Vec::new(),
+        look_ticks: None,
+        poison_ticks: None,
+        dma_audit: Vec::new(),
+        failure: None,
     }
 }
 

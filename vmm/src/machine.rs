@@ -6,6 +6,7 @@
 mod build;
 mod config;
 mod event_loop;
+mod events;
 mod interrupts;
 mod pmu;
 mod reset;
@@ -15,9 +16,10 @@ mod vcpu_thread;
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -50,6 +52,7 @@ use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
 use crate::memory::{Memory, MemoryError};
+use events::{EventReceiver, EventSender};
 use vcpu_thread::VcpuThread;
 
 /// Why a machine could not be built or go on: never the guest's doing.
@@ -137,7 +140,7 @@ struct Machine {
     /// Messages that were looked at and left for later; they come before the inbox.
     kept: VecDeque<Message>,
     wake: Arc<EventFd>,
-    events: Sender<Event>,
+    events: EventSender,
 }
 
 /// Everything that the event loop can be told.
@@ -317,7 +320,7 @@ impl GuestStats {
 pub struct Handle {
     commands: Sender<Message>,
     wake: Arc<EventFd>,
-    events: Receiver<Event>,
+    events: EventReceiver,
     connector: VsockConnector,
     virtio: VirtioDevices,
     audit: Option<DmaAudit>,
@@ -372,12 +375,18 @@ impl Handle {
 
     /// The next event, or `None` after `timeout`.
     pub fn next_event(&self, timeout: Duration) -> Option<Event> {
-        match self.events.recv_timeout(timeout) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout) => None,
-            // The loop has sent its last event before, and somebody took it.
-            Err(RecvTimeoutError::Disconnected) => Some(Event::Stopped(Stop::Requested)),
-        }
+        self.events.next(timeout)
+    }
+
+    /// Becomes readable with an event, and stays so until [`Handle::take_events`]. For whoever waits for other things as well; only
+    /// if the configuration asks for it ([`Config::rings`]).
+    pub fn events_ready(&self) -> Option<BorrowedFd<'_>> {
+        self.events.ready()
+    }
+
+    /// All events that have come.
+    pub fn take_events(&self) -> Vec<Event> {
+        self.events.take()
     }
 
     /// Opens a vsock connection to a port of the guest.

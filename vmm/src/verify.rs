@@ -15,7 +15,7 @@ use crate::schedule::Moment;
 use crate::words::plural;
 
 pub use pmu::ticks_to_overflow;
-pub use residue::{Outcome, Residue, compare, excuse};
+pub use residue::{Outcome, Residue, compare, differences, excuse};
 
 /// One life of a machine, as host and agent saw it.
 #[derive(Clone, Debug, Serialize)]

@@ -109,6 +109,9 @@ impl Agent {
             Request::GetState | Request::Poison | Request::Hold => {
                 Reply::Refused("Linux's registers are not the agent's to poison".into())
             }
+            Request::Job { .. } | Request::Identify => {
+                Reply::Refused("only the unikernel does jobs and tells clones apart".into())
+            }
             Request::Connect { .. } | Request::Transfer(_) | Request::Shutdown { .. } => {
                 return None;
             }

@@ -18,8 +18,8 @@ mod residue;
 
 pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{
-    Cause, ConnectError, GuestReset, Hello, ParseCauseError, Probe, Probed, Reply, Request,
-    Transfer, Transferred,
+    Cause, ConnectError, GuestReset, Hello, Identity, MAX_JOB_BYTES, ParseCauseError, Probe,
+    Probed, Reply, Request, Transfer, Transferred,
 };
 pub use pattern::Pattern;
 pub use report::{
@@ -29,7 +29,11 @@ pub use report::{
 pub use residue::{CheckTicks, Poisoning, StateReading};
 
 /// Version of everything in this crate; the host refuses an agent whose [`Hello`] names another.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 /// The vsock port on which the agent listens for the host.
 pub const AGENT_PORT: u32 = 5005;
+
+/// Bytes of a machine's generation. They are random, and others after each power-on, reset and restore: what is in memory was
+/// perhaps in that of a clone, too. Where they are says the word `agent.generation=ADDRESS` of the command line.
+pub const GENERATION_LEN: usize = 16;

@@ -7,7 +7,8 @@ use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{CheckTicks, DiskAnswer, DiskRequest, Poisoning, Report, StateReading};
+use crate::frame::MAX_PAYLOAD;
+use crate::{CheckTicks, DiskAnswer, DiskRequest, GENERATION_LEN, Poisoning, Report, StateReading};
 
 /// The agent's first frame on every connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +87,29 @@ pub enum Request {
     },
     /// Try something on the processor, and say what came of it.
     Probe(Probe),
+    /// Do a job: bytes in, bytes out.
+    Job {
+        /// Which one.
+        name: String,
+        /// What it is given, up to [`MAX_JOB_BYTES`].
+        input: Vec<u8>,
+    },
+    /// Say who you are among clones.
+    Identify,
+}
+
+/// Longest input and longest output of a job, in bytes: a frame holds them, and its name.
+pub const MAX_JOB_BYTES: usize = MAX_PAYLOAD - 1024;
+
+/// Who a machine is among those that began as the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// What the host wrote for this machine's present beginning; see [`GENERATION_LEN`].
+    pub generation: [u8; GENERATION_LEN],
+    /// The address of its vsock device, as it shows it now.
+    pub cid: u64,
+    /// The next bytes of the agent's generator of random numbers.
+    pub random: [u8; 32],
 }
 
 /// What the processor is tried with.
@@ -180,6 +204,10 @@ pub enum Reply {
     Transferred(Transferred),
     /// To [`Request::Probe`].
     Probed(Probed),
+    /// To [`Request::Job`]: what came out of it.
+    Job(Vec<u8>),
+    /// To [`Request::Identify`].
+    Identity(Identity),
 }
 
 /// A reset that the guest itself can cause.

@@ -4,14 +4,16 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use agent::jobs;
 use agent::kernel_log::{Clock, KernelLog, Level};
 use agent::nmi::NmiAccount;
 use agent::params::{Params, PortWrite};
 use agent::pmu;
+use agent::random::Generator;
 use agent::vsock::Answer;
 use agent_protocol::{
-    GuestReset, Hello, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report, Request, Timings,
-    VsockReport,
+    GuestReset, Hello, Identity, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report,
+    Request, Timings, VsockReport,
 };
 
 use crate::arch::{gate, leave, port, pvh, records, svm, tsc};
@@ -40,6 +42,9 @@ pub struct Agent {
     /// Devices that the host has asked for.
     devices: RequestDevices,
     vsock: VsockReport,
+    /// The vsock device's address, as it showed it last.
+    cid: u64,
+    generator: Generator,
     /// Whether this life ends with marks in all registers.
     poisoned: bool,
     /// Whether it does nothing more than wait for its end.
@@ -61,6 +66,8 @@ impl Agent {
             events: 0,
             devices: RequestDevices::default(),
             vsock: VsockReport::default(),
+            cid: 0,
+            generator: Generator::default(),
             poisoned: false,
             holds: false,
         }
@@ -208,6 +215,15 @@ impl Agent {
         }
     }
 
+    fn identify(&mut self) -> Identity {
+        let generation = self.params.generation.and_then(pvh::generation).unwrap_or_default();
+        // Without the device the generation alone tells clones apart.
+        let random = self.devices.random(&self.params, 32).unwrap_or_default();
+        let now = tsc::now().to_le_bytes();
+        let random = self.generator.next(&[&generation, &random, &now]);
+        Identity { generation, cid: self.cid, random }
+    }
+
     fn nmi_self_test(&mut self) -> bool {
         let before = records::nmi_count();
         gate::send_self_nmi();
@@ -304,6 +320,16 @@ impl Answer for Agent {
                 }
                 Reply::Done
             }
+            Request::Job { name, input } => {
+                let spin = |ms| {
+                    let end = self.now_us() + 1000 * ms;
+                    while self.now_us() < end {
+                        core::hint::spin_loop();
+                    }
+                };
+                jobs::run(&name, input, spin).map_or_else(Reply::Refused, Reply::Job)
+            }
+            Request::Identify => Reply::Identity(self.identify()),
             // Whoever has the connections carries them out.
             Request::Connect { .. } | Request::Transfer(_) | Request::Shutdown { .. } => {
                 return None;
@@ -329,6 +355,10 @@ impl Answer for Agent {
         if self.vsock.first.len() < MAX_STALE_TEXTS {
             self.vsock.first.push(packet);
         }
+    }
+
+    fn note_cid(&mut self, cid: u64) {
+        self.cid = cid;
     }
 
     fn note_event(&mut self) {

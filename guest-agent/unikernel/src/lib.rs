@@ -9,10 +9,12 @@ extern crate alloc;
 #[cfg(feature = "attacks")]
 pub mod attack;
 pub mod dma_tracker;
+pub mod jobs;
 pub mod json;
 pub mod kernel_log;
 pub mod nmi;
 pub mod params;
 pub mod pmu;
+pub mod random;
 pub mod residue;
 pub mod vsock;

@@ -63,8 +63,9 @@ fn start_vsock(params: &Params, agent: &mut Agent) -> Option<VsockDevice> {
         .filter_map(|device| Some((Registers::at(device.base, device.size)?, device.irq)));
     match VsockDevice::start(devices) {
         Ok(device) => {
-            if device.is_some() {
+            if let Some(device) = &device {
                 agent.set_ready();
+                agent.note_cid(device.guest_cid());
             }
             #[cfg(feature = "attacks")]
             let device = device.map(|device| device.with_noise(params));

@@ -42,6 +42,8 @@ pub struct Params {
     pub acpi_reset: Option<PortWrite>,
     /// `agent.acpi_poweroff=PORT:VALUE`.
     pub acpi_poweroff: Option<PortWrite>,
+    /// `agent.generation=ADDRESS`: where the host has written this machine's generation.
+    pub generation: Option<u64>,
     /// `attack.*`.
     #[cfg(feature = "attacks")]
     pub attack: crate::attack::Orders,
@@ -61,6 +63,7 @@ impl Params {
                 "agent.report" => params.serial_report = value == "serial",
                 "agent.acpi_reset" => params.acpi_reset = parse_port_write(value),
                 "agent.acpi_poweroff" => params.acpi_poweroff = parse_port_write(value),
+                "agent.generation" => params.generation = parse_number(value),
                 #[cfg(feature = "attacks")]
                 _ => params.attack.add(key, value),
                 #[cfg(not(feature = "attacks"))]

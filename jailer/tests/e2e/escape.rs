@@ -32,7 +32,7 @@ fn number(result: io::Result<()>) -> i32 {
 }
 
 /// A jail as a machine has it: it opens no file.
-fn machine() -> Jail {
+pub fn machine() -> Jail {
     Jail {
         id: new_id().parse::<Id>().unwrap(),
         user: None,
@@ -92,7 +92,7 @@ fn try_without_jail(attempt: Try<'_>) -> i32 {
     status_of(child)
 }
 
-fn status_of(child: Pid) -> i32 {
+pub fn status_of(child: Pid) -> i32 {
     let ended = rustix::process::waitpid(Some(child), WaitOptions::empty()).expect("wait");
     ended.expect("a child has ended").1.exit_status().unwrap_or(-1)
 }

@@ -19,6 +19,9 @@ mod bad_input;
 /// What can a process inside not do?
 mod escape;
 
+/// Can one process have many jails?
+mod many;
+
 /// Does all of this hold in another Linux as well?
 mod lab;
 
@@ -26,7 +29,7 @@ use harness::runner::Test;
 
 /// All but those of the lab, where they are run once more.
 fn tests() -> Vec<Test> {
-    let tests = [command::TESTS, daemon::TESTS, bad_input::TESTS];
+    let tests = [command::TESTS, daemon::TESTS, bad_input::TESTS, many::TESTS];
     [tests.concat(), escape::TESTS.concat()].concat()
 }
 

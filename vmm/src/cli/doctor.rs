@@ -12,18 +12,13 @@ use serde_json::Value;
 use super::run::{PrintError, die_with};
 use super::{Error, jail};
 use crate::boot::Payload;
-use crate::device::console::ConsoleOutput;
-use crate::device::pmu::Shape;
-use crate::device::virtio::audit::AuditMode;
 use crate::doctor::host::Host;
 use crate::doctor::report::{Finding, Floor, Report, json, table};
 use crate::doctor::{Behaviour, Judgement, Unseen, Verdict, runner, vmrun};
 use crate::exit;
-use crate::fault::Faults;
 use crate::kvm::bare::{InUse, launch_floor};
-use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::chain;
-use crate::machine::{self, Config, ResetPolicy};
+use crate::machine::{self, Config};
 
 /// Look at this host: what its KVM can, and which known faults it has
 ///
@@ -189,7 +184,7 @@ impl Arguments {
         let timeout = Duration::from_secs(self.timeout);
         // Only what is wrong enough to fail is of interest here.
         let notice = |_: &str| {};
-        jail.run(machine_of_agent()?, notice, |config, resources, interrupts| {
+        jail.run(machine_of_agent(), notice, |config, resources, interrupts| {
             let machine = machine::launch(config, resources, interrupts)?;
             print(&serde_json::to_string(&said(vmrun::observe(&machine, timeout)))?)?;
             Ok(exit::CLEAN)
@@ -216,28 +211,7 @@ fn measure_floor() -> Result<Floor, Error> {
 }
 
 /// The smallest machine that runs the agent.
-fn machine_of_agent() -> Result<Config, Error> {
+fn machine_of_agent() -> Config {
     const MEM_MIB: u64 = 16;
-    Ok(Config {
-        payload: Payload::Agent(None),
-        command_line: String::new(),
-        mem_mib: MEM_MIB,
-        vcpus: 1,
-        pmu: PmuPolicy::Off,
-        pmu_shape: Shape::new(2, 6)?,
-        pmu_seed: 0,
-        looks_first: false,
-        faults: Faults::default(),
-        reset_policy: ResetPolicy::InPlace,
-        console: ConsoleOutput::Kept,
-        vsock_path: None,
-        vsock_messages_path: None,
-        rng: false,
-        disks: Vec::new(),
-        track_dirty_pages: false,
-        dma_platform: false,
-        dma_audit: AuditMode::Off,
-        // The jail knows.
-        seccomp: false,
-    })
+    Config::new(Payload::Agent(None), MEM_MIB)
 }

@@ -109,7 +109,7 @@ impl Arguments {
             return work(&config, resources, interrupts);
         }
         let config = Config { seccomp: true, ..config };
-        let mut prepared = self.jail(&config)?.prepare()?;
+        let prepared = self.jail(&config)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
         for lack in prepared.lacks() {
             notice(&format!("the jail is weaker than it should be: {lack}"));
@@ -183,10 +183,7 @@ fn allow_descriptors() -> rustix::io::Result<()> {
 }
 
 /// Opens what `config` names. The janitor removes the sockets' files, whoever is killed.
-fn open(
-    config: &Config,
-    janitor: &mut Janitor,
-) -> Result<(Resources, Vec<SocketFile>), MachineError> {
+fn open(config: &Config, janitor: &Janitor) -> Result<(Resources, Vec<SocketFile>), MachineError> {
     let paths = [&config.vsock_path, &config.vsock_messages_path].into_iter().flatten();
     paths.clone().for_each(|path| janitor.remove_socket(path));
     let opened = Resources::open(config);

@@ -22,7 +22,7 @@ use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
-use crate::lifecycle::{self, LifecycleError, Plan};
+use crate::lifecycle::{self, LifecycleError, Plan, ResidueCheck};
 use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
 use crate::memory;
 use crate::schedule::{Moment, Schedule};
@@ -266,13 +266,12 @@ impl Arguments {
                 (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept)
             }
         };
+        let mem_mib = self.mem.unwrap_or(match self.guest {
+            Guest::Unikernel => 128,
+            Guest::Linux => 256,
+        });
         Ok(Config {
-            payload,
             command_line: self.cmdline.clone(),
-            mem_mib: self.mem.unwrap_or(match self.guest {
-                Guest::Unikernel => 128,
-                Guest::Linux => 256,
-            }),
             vcpus: self.vcpus,
             pmu: self.pmu,
             pmu_shape: self.pmu_shape()?,
@@ -288,8 +287,7 @@ impl Arguments {
             track_dirty_pages: self.track_dirty_pages,
             dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
-            // The jail knows.
-            seccomp: false,
+            ..Config::new(payload, mem_mib)
         })
     }
 
@@ -416,7 +414,7 @@ fn lead(
         resets: arguments.resets,
         schedule: arguments.schedule(),
         nmis: arguments.nmi,
-        poison: arguments.poison,
+        residue: if arguments.poison { ResidueCheck::Poison } else { ResidueCheck::Off },
         arms_pmu: arguments.pmu != PmuPolicy::Off,
         late_nmi: config.faults.has(Fault::NmiAfterReset),
         timeout: Duration::from_secs(arguments.timeout.unwrap_or(match arguments.guest {

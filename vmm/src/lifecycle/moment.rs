@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::{AGENT_PORT, Cause, GuestReset, Pattern, Request, Transfer, frame};
 
-use super::{Beginning, Leader, Trouble};
+use super::{Beginning, Leader, ResidueCheck, Trouble};
 use crate::agent::{Agent, AgentError};
 use crate::device::vsock::{Acceptance, GuestPort, HostPort};
 use crate::machine::{Event, NmiVia};
@@ -35,7 +35,10 @@ impl Leader<'_> {
         // Registers that the agent needs are poisoned last of all: it does nothing more then. In the middle of a transfer it has
         // to be at work.
         self.left = false;
-        if self.plan.poison && guest_reset(cause).is_none() && moment != Moment::MidTransfer {
+        if self.plan.residue == ResidueCheck::Poison
+            && guest_reset(cause).is_none()
+            && moment != Moment::MidTransfer
+        {
             self.hold(&mut agent)?;
             self.trace.note(|| "the agent rests".into());
             self.left = true;

@@ -9,6 +9,7 @@ use jailer::seccomp::{RestrictError, ThreadKind, restrict};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::event_loop::{EventLoop, EventLoopThread};
+use super::events::{EventReceiver, events};
 use super::pmu::VcpuPmu;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
@@ -103,7 +104,7 @@ pub fn launch(
         pmu_absence: vm.pmu_absence(),
         clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
     };
-    let (events_out, events) = channel();
+    let (events_out, events) = events(config.rings)?;
     let machine = Machine {
         vcpus,
         devices,
@@ -135,7 +136,7 @@ fn start(
     (event_loop, thread): (EventLoop, EventLoopThread),
     interrupts: Interrupts,
     commands: Sender<Message>,
-    events: std::sync::mpsc::Receiver<super::Event>,
+    events: EventReceiver,
     host: Host,
 ) -> Result<Handle, MachineError> {
     let wake = Arc::clone(&machine.wake);
@@ -193,6 +194,9 @@ fn build_vm(
     })?;
     if config.track_dirty_pages {
         memory.track_writes();
+    }
+    if config.payload.is_unikernel() {
+        boot::write_generation(memory.ram())?;
     }
     let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
     Ok(Built { vm, memory, entry })

@@ -80,6 +80,8 @@ pub struct Config {
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
     pub dma_audit: AuditMode,
+    /// A descriptor tells of its events: [`super::Handle::events_ready`].
+    pub rings: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
     pub seccomp: bool,
 }
@@ -112,6 +114,33 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// A machine of one vCPU and `mem_mib` MiB that boots `payload`, with nothing that has to be asked for and no performance
+    /// counters. A guest that asks for a reset gets it, in place.
+    pub fn new(payload: Payload, mem_mib: u64) -> Self {
+        Self {
+            payload,
+            command_line: String::new(),
+            mem_mib,
+            vcpus: 1,
+            pmu: PmuPolicy::Off,
+            pmu_shape: Shape::FULL,
+            pmu_seed: 0,
+            looks_first: false,
+            faults: Faults::default(),
+            reset_policy: ResetPolicy::InPlace,
+            console: ConsoleOutput::Kept,
+            vsock_path: None,
+            vsock_messages_path: None,
+            rng: false,
+            disks: Vec::new(),
+            track_dirty_pages: false,
+            dma_platform: false,
+            dma_audit: AuditMode::Off,
+            rings: false,
+            seccomp: false,
+        }
+    }
+
     /// The places of its virtio devices, in the order in which they are built.
     pub(super) fn virtio_slots(&self) -> impl Iterator<Item = VirtioSlot> {
         const VSOCK: usize = 1;
@@ -143,6 +172,9 @@ impl Config {
         }
         if let Payload::Linux(_) = self.payload {
             words.push(LINUX_WORDS.into());
+        }
+        if self.payload.is_unikernel() {
+            words.push(format!("agent.generation={:#x}", layout::GENERATION));
         }
         if self.payload.has_agent() {
             let (reset, power_off) = (layout::ACPI_PORT, layout::ACPI_PORT + 1);

@@ -49,7 +49,7 @@ impl EventLoop {
             if let Err(error) = self.manager.run() {
                 // An interrupted wait is no error; anything else would repeat for ever.
                 let source = std::io::Error::other(error.to_string());
-                let _ = events.send(Event::Stopped(Stop::Failed(MachineError::Host {
+                events.send(Event::Stopped(Stop::Failed(MachineError::Host {
                     action: "wait for events",
                     source,
                 })));
@@ -195,7 +195,7 @@ impl Machine {
     /// of one finds the event.
     fn stop(&self, stop: Stop) {
         self.park_vcpus();
-        let _ = self.events.send(Event::Stopped(stop));
+        self.events.send(Event::Stopped(stop));
         lock(&self.devices.virtio.vsock).device.shut_down();
     }
 
@@ -212,7 +212,7 @@ impl Machine {
                 Message::Command(Command::Nmi(via)) => {
                     // There is a first vCPU: the configuration asks for one at least.
                     let outcome = self.vcpus[0].0.inject_nmi(via);
-                    let _ = self.events.send(Event::Nmi(outcome));
+                    self.events.send(Event::Nmi(outcome));
                     None
                 }
                 Message::Command(Command::ResetTransport) => {
@@ -254,7 +254,7 @@ impl Machine {
             VcpuStop::Rest => {
                 // Nobody hears it twice, however often the guest says it.
                 if !std::mem::replace(&mut self.rested, true) {
-                    let _ = self.events.send(Event::Rested);
+                    self.events.send(Event::Rested);
                 }
                 self.run_vcpus();
                 None

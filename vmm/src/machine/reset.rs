@@ -56,6 +56,9 @@ impl Machine {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
         }
+        if self.config.payload.is_unikernel() {
+            boot::write_generation(self.memory.ram())?;
+        }
         self.run_vcpus();
         self.tell_of_life(cause, at);
         Ok(())
@@ -76,7 +79,7 @@ impl Machine {
 
     fn tell_of_life(&self, cause: Cause, at: Instant) {
         // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
-        let _ = self.events.send(Event::Reset { life: self.life, cause, at });
+        self.events.send(Event::Reset { life: self.life, cause, at });
     }
 
     /// Stops all vCPUs: asks all, then waits for each.

@@ -37,8 +37,7 @@ impl SocketDirectory {
     /// [`OwnError`].
     pub fn new() -> Result<Self, OwnError> {
         let parent = std::env::temp_dir();
-        let mut janitor =
-            Janitor::without_jail().map_err(|e| OwnError::Start("removing its socket", e))?;
+        let janitor = Janitor::start().map_err(|e| OwnError::Start("removing its socket", e))?;
         loop {
             let name = format!("cleanslate-probe-{:016x}", RandomState::new().hash_one(0));
             let path = parent.join(name);

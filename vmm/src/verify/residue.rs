@@ -58,6 +58,19 @@ pub fn compare(
     poisoned.iter().map(each).chain(forgotten).collect()
 }
 
+/// What is not as it was at power-on, whatever a life in between did to it.
+pub fn differences(power_on: &[StateReading], found: &[StateReading]) -> Vec<Residue> {
+    let found = by_item(found);
+    let left = |reading: &&StateReading| {
+        found.get(reading.item.as_str()).copied().flatten() != reading.value
+    };
+    let residue = |reading: &StateReading| Residue {
+        item: reading.item.clone(),
+        outcome: Outcome::Left(found.get(reading.item.as_str()).copied().flatten()),
+    };
+    power_on.iter().filter(left).map(residue).collect()
+}
+
 /// Has `item` prove nothing, for this reason, if it was left.
 pub fn excuse(residue: &mut [Residue], item: &str, why: &str) {
     let of_item = residue.iter_mut().filter(|residue| residue.item == item);

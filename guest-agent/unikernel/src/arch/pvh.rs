@@ -4,6 +4,8 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use agent_protocol::GENERATION_LEN;
+
 use super::records;
 
 const MAGIC: u32 = 0x336e_c578;
@@ -52,6 +54,15 @@ fn copy<T: Copy>(address: u64) -> Option<T> {
 fn start_info() -> Option<StartInfo> {
     // Version 0 has no memory map; copying its size too much reads unrelated but mapped bytes.
     copy::<StartInfo>(records::boot().start_info).filter(|info| info.magic == MAGIC)
+}
+
+/// The machine's generation at `address`. The host may have written another since it was read last.
+pub fn generation(address: u64) -> Option<[u8; GENERATION_LEN]> {
+    let end = address.checked_add(GENERATION_LEN as u64)?;
+    // SAFETY: bytes of mapped memory, where every pattern is valid. The host changes them while this processor does not run, which
+    // a volatile read allows for.
+    (address != 0 && end <= MAPPED)
+        .then(|| unsafe { (address as *const [u8; GENERATION_LEN]).read_volatile() })
 }
 
 /// The command line up to the first byte that is no text; empty if there is none.

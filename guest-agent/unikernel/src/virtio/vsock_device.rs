@@ -142,6 +142,7 @@ impl VsockDevice {
         if event == Some(TRANSPORT_RESET) {
             self.guest_cid = self.transport.config_word();
             connections.transport_reset(self.guest_cid());
+            agent.note_cid(self.guest_cid());
         }
         // At most one ring's worth, so that answers get out even if the host never pauses.
         let mut taken = 0;

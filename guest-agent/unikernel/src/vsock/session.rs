@@ -19,6 +19,9 @@ pub trait Answer {
     /// Microseconds since some moment of this life.
     fn now_us(&self) -> u64;
 
+    /// Notes the address that the device shows now.
+    fn note_cid(&mut self, _cid: u64) {}
+
     /// Notes an event of the transport.
     fn note_event(&mut self) {}
 
@@ -268,7 +271,8 @@ fn may_have_long_answer(request: &Request) -> bool {
         | Request::GetState
         | Request::Poison
         | Request::Disk { .. }
-        | Request::Random { .. } => true,
+        | Request::Random { .. }
+        | Request::Job { .. } => true,
         Request::Ping(_)
         | Request::NmiSelfTest
         | Request::Reset(_)
@@ -279,6 +283,7 @@ fn may_have_long_answer(request: &Request) -> bool {
         | Request::Connect { .. }
         | Request::Transfer(_)
         | Request::Probe(_)
+        | Request::Identify
         | Request::Shutdown { .. } => false,
     }
 }
