@@ -40,11 +40,13 @@ pub enum ThreadKind {
     Vcpu,
     /// Waits for a disk.
     Disk,
+    /// Waits for the end of what serves RAM's pages.
+    Pages,
 }
 
 impl ThreadKind {
     /// All of them, in the order of the filters.
-    pub const ALL: [Self; 4] = [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk];
+    pub const ALL: [Self; 5] = [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk, Self::Pages];
 }
 
 impl fmt::Display for ThreadKind {
@@ -54,6 +56,7 @@ impl fmt::Display for ThreadKind {
             Self::EventLoop => "the event loop's thread",
             Self::Vcpu => "a vCPU's thread",
             Self::Disk => "a disk's thread",
+            Self::Pages => "the page server's thread",
         })
     }
 }
