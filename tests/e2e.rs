@@ -41,6 +41,8 @@ mod hostile;
 mod jail;
 /// `cleanslate lab`, and in it our own agent on hardware virtualization.
 mod lab;
+/// `launch`: sandboxes do jobs, are recycled if they prove to be clean, and thrown away if not.
+mod launches;
 /// Jailed launches leave nothing behind, whoever is killed.
 mod leftovers;
 /// Linux as a guest, in the lab.
@@ -61,6 +63,8 @@ mod snapshot;
 mod snapshot_command;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// `launch` when somebody is killed, stops, or never ends.
+mod storms;
 /// Bytes in either direction, on connections that either side has opened.
 mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.

@@ -20,6 +20,7 @@ const REPERTOIRE: [&str; 11] = [
     "findings::",
     "guests::",
     "hostile::",
+    "launches::",
     "lives::",
     "messages::",
     "snapshot_command::",

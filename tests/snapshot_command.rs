@@ -116,11 +116,12 @@ fn what_cannot_be_is_refused_and_nothing_is_left() {
     check(&["create", &path("new"), "--pmu-seed", "1"], "add --pmu emulated");
     assert_eq!(names(dir.path()), Vec::<String>::new());
     let snapshot = create(&dir, "agent", &[]);
+    let disk = crate::harness::file(&dir, "disk", &[0; 512]);
     check(&["create", &snapshot], "holds a snapshot: choose another directory, or add --replace");
     check(&["restore", &snapshot, "--agent", "/dev/null"], "--agent is not for this snapshot");
     check(&["restore", &snapshot, "--kernel", "/dev/null"], "--kernel is not for this snapshot");
     check(
-        &["restore", &snapshot, "--disk", "/dev/null"],
+        &["restore", &snapshot, "--disk", disk.to_str().unwrap()],
         "the snapshot is of a machine with 0 disks",
     );
     check(&["restore", &snapshot, "--cid", "2"], "an address is a number from 3");

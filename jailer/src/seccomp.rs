@@ -42,11 +42,14 @@ pub enum ThreadKind {
     Disk,
     /// Talks HTTP with clients; in a process of its own.
     Http,
+    /// Waits for the end of what serves RAM's pages.
+    Pages,
 }
 
 impl ThreadKind {
     /// All of them, in the order of the filters.
-    pub const ALL: [Self; 5] = [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk, Self::Http];
+    pub const ALL: [Self; 6] =
+        [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk, Self::Http, Self::Pages];
 }
 
 impl fmt::Display for ThreadKind {
@@ -57,6 +60,7 @@ impl fmt::Display for ThreadKind {
             Self::Vcpu => "a vCPU's thread",
             Self::Disk => "a disk's thread",
             Self::Http => "the API's HTTP thread",
+            Self::Pages => "the page server's thread",
         })
     }
 }

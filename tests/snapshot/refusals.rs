@@ -48,9 +48,10 @@ fn another_host_another_processor_and_other_numbers_of_things_are_refused() {
     check(changed(&files, signature, |_| {}), "the snapshot was made on");
     let name = |state: &mut Value| {
         let leaves = state["vcpus"][1]["state"]["cpuid"].as_array_mut().unwrap();
-        // Function 0x80000002; its EAX has the first letters of the processor's name.
+        // Function 0x80000002, of the processor's name; its EAX comes behind number, index and flags.
         let is_it = |leaf: &&mut Value| leaf[0] == 2 && leaf[3] == 0x80;
-        leaves.iter_mut().find(is_it).unwrap()[12] = 0.into();
+        let leaf = leaves.iter_mut().find(is_it).unwrap();
+        leaf[12] = (leaf[12].as_u64().unwrap() ^ 1).into();
     };
     check_state(
         &name,

@@ -11,11 +11,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 
 use super::Error;
-use crate::kvm::host::Module;
-use crate::kvm::identity::HostIdentity;
-use crate::kvm::pmu::PmuPolicy;
-use crate::kvm::{self, cpuid};
-use crate::machine::{MachineState, host_identity};
+use crate::machine::MachineState;
 use crate::snapshot::{self, FilesError, Header, Snapshot, SnapshotError};
 
 /// Keep a machine as files, and make machines of them
@@ -76,14 +72,10 @@ impl Directory<'_> {
         snapshot::read_header(&self.open(&self.state())?).map_err(self.unreadable())
     }
 
-    /// The state of a machine that is to go on at the host `here`.
-    fn read(&self, here: &HostIdentity) -> Result<Snapshot<MachineState>, DirectoryError> {
-        snapshot::read_state(&self.open(&self.state())?, here).map_err(self.unreadable())
+    /// All that the state file says, of whatever host. A machine that is to go on looks at its own host when it has one.
+    fn read(&self) -> Result<Snapshot<MachineState>, DirectoryError> {
+        let file = self.open(&self.state())?;
+        let read = || snapshot::read_state(&file, &snapshot::read_header(&file)?.host);
+        read().map_err(self.unreadable())
     }
-}
-
-/// This host, as far as it can be known without a machine.
-fn this_host() -> Result<HostIdentity, Error> {
-    let (cpuid, kind) = cpuid::supported(&kvm::open()?, Module::read(), PmuPolicy::Off)?;
-    Ok(host_identity(&cpuid, kind))
 }

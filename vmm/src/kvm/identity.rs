@@ -131,9 +131,7 @@ impl HostIdentity {
         }
         let (saved, here) = (self.tsc_khz, here.tsc_khz);
         let apart = u64::from(saved.abs_diff(here)) * 1_000_000;
-        // Without a vCPU nobody can be asked; a machine that is restored asks again.
-        let is_known = saved != 0 && here != 0;
-        if is_known && apart > u64::from(saved) * TSC_TOLERANCE_PPM {
+        if apart > u64::from(saved) * TSC_TOLERANCE_PPM {
             return Err(HostMismatch::Tsc { saved, here });
         }
         Ok(())

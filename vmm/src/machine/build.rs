@@ -53,7 +53,7 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, origin, listener, disks, template: snapshot, .. } = resources;
+    let Resources { kvm, module, origin, listener, disks, snapshot, .. } = resources;
     let restore = config.restore.as_ref().zip(snapshot);
     if let Some((restore, snapshot)) = &restore {
         restore.check(config, snapshot.bytes())?;
@@ -76,12 +76,9 @@ pub fn launch(
     }
     config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
-    let (template, entry) = match origin {
-        Origin::Image(image) => template(config, image, vcpu_count)?,
-        Origin::Template(template, entry) => (template, entry),
-    };
     let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
-    let Built { vm, memory, boot } = build_vm(config, (&template, snapshot), &kvm, (module, kind))?;
+    let Built { vm, memory, entry, boot } =
+        build_vm(config, (origin, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
@@ -150,7 +147,7 @@ pub fn launch(
 }
 
 /// What this host is to a guest: performance counters are a matter of the configuration.
-pub fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
     let mut cpuid = supported.clone();
     pmu::hide(&mut cpuid);
     HostIdentity::new(&cpuid, kind)
@@ -213,6 +210,38 @@ fn start(
     })
 }
 
+struct Built {
+    vm: Vm,
+    memory: Memory,
+    entry: Entry,
+    /// RAM at power-on, if that is not what the machine begins with.
+    boot: Option<Backing>,
+}
+
+fn build_vm(
+    config: &Config,
+    (origin, snapshot): (Origin, Option<&Template>),
+    kvm: &Kvm,
+    (module, kind): (Module, KvmKind),
+    vcpus: u8,
+) -> Result<Built, MachineError> {
+    let load = || load(config, origin, vcpus);
+    let Some(snapshot) = snapshot else {
+        let (image, entry) = load()?;
+        let memory = map(config, image)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        return Ok(Built { vm, memory, entry, boot: None });
+    };
+    // What the machine boots is wanted at its first reset, when nobody may make files any more. KVM takes its time meanwhile.
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(load);
+        let memory = map(config, Backing::extents(snapshot, layout::AGENT_END)?)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        let (image, entry) = loading.join().expect("the thread has not panicked")?;
+        Ok(Built { vm, memory, entry, boot: Some(image) })
+    })
+}
+
 /// RAM of the machine of `config` before its first instruction, and where that is.
 pub(super) fn template(
     config: &Config,
@@ -225,28 +254,21 @@ pub(super) fn template(
     })
 }
 
-struct Built {
-    vm: Vm,
-    memory: Memory,
-    /// RAM at power-on, if that is not what the machine begins with.
-    boot: Option<Backing>,
+/// What is behind RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, origin: Origin, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+    let (template, entry) = match origin {
+        Origin::Image(image) => template(config, image, vcpus)?,
+        Origin::Template(template, entry) => (template, entry),
+    };
+    let image = match config.payload {
+        Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(&template)?,
+        Payload::Linux(_) => Backing::copy(&template)?,
+    };
+    Ok((image, entry))
 }
 
-fn build_vm(
-    config: &Config,
-    (template, snapshot): (&Template, Option<&Template>),
-    kvm: &Kvm,
-    (module, kind): (Module, KvmKind),
-) -> Result<Built, MachineError> {
-    let image = match config.payload {
-        Payload::Agent(_) => Backing::contents(template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Backing::private(template)?,
-        Payload::Linux(_) => Backing::copy(template)?,
-    };
-    let (backing, boot) = match snapshot {
-        Some(snapshot) => (Backing::extents(snapshot, layout::AGENT_END)?, Some(image)),
-        None => (image, None),
-    };
+fn map(config: &Config, backing: Backing) -> Result<Memory, MachineError> {
     let memory = Memory::map(backing)?;
     if config.track_dirty_pages {
         memory.track_writes();
@@ -254,8 +276,7 @@ fn build_vm(
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
-    let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok(Built { vm, memory, boot })
+    Ok(memory)
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {

@@ -23,7 +23,7 @@ pub struct Resources {
     pub(super) listener: Option<Listener>,
     pub(super) disks: Vec<Disk>,
     /// RAM of the snapshot that the machine is restored from.
-    pub(super) template: Option<Template>,
+    pub(super) snapshot: Option<Template>,
     targets: Option<Targets>,
 }
 
@@ -57,11 +57,9 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        let template = config.restore.as_ref().map(template).transpose()?;
-        Ok((
-            Self { kvm, module: Module::read(), origin, listener, disks, template, targets: None },
-            files,
-        ))
+        let snapshot = config.restore.as_ref().map(snapshot_template).transpose()?;
+        let module = Module::read();
+        Ok((Self { kvm, module, origin, listener, disks, snapshot, targets: None }, files))
     }
 
     /// Makes the template of guest RAM now, for all processes that are copies of this one: they share its pages.
@@ -88,7 +86,7 @@ impl Resources {
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
-        descriptors.extend(self.template.iter().map(AsFd::as_fd));
+        descriptors.extend(self.snapshot.iter().map(AsFd::as_fd));
         let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
         descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
@@ -113,7 +111,7 @@ impl Resources {
 }
 
 /// The snapshot's RAM, checked and copied: its files may be changed from here on.
-fn template(restore: &Restore) -> Result<Template, MachineError> {
+fn snapshot_template(restore: &Restore) -> Result<Template, MachineError> {
     let open = |(_, path): &(_, PathBuf)| snapshot::open(path);
     let files = restore.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let layers: Vec<_> = restore.layers.iter().map(|(header, _)| header).zip(&files).collect();

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_128;
 
 use super::{Config, Machine, MachineError};
-use crate::boot::{self, Payload};
+use crate::boot::Payload;
 use crate::bus::lock;
 use crate::device::console::{Overfull, SavedConsole};
 use crate::device::ioapic;
@@ -310,11 +310,6 @@ impl Machine {
         same("vCPUs", state.vcpus.len(), self.vcpus.len())?;
         same("virtio devices", state.virtio.len(), self.devices.virtio.all.len())?;
         (self.life, self.cause, self.rested) = (state.life, state.cause, state.rested);
-        // Who else sees this RAM's earlier contents is another machine. The guest may look for this when it hears of its vsock
-        // device's reset.
-        if self.config.payload.is_unikernel() {
-            boot::write_generation(self.memory.ram())?;
-        }
         self.vm.set_clock_ns(state.clock_ns)?;
         let zero = self.vcpus[0].0.vcpu().zero_tsc()?;
         for (id, ((thread, power_on), saved)) in self.vcpus.iter().zip(&state.vcpus).enumerate() {

@@ -8,7 +8,7 @@ use agent_protocol::Cause;
 use clap::Args;
 use images::guest::LinuxGuest;
 
-use super::{Directory, DirectoryError, this_host};
+use super::{Directory, DirectoryError};
 use crate::boot::Payload;
 use crate::cli::run::{Format, judge, parse_common_cause};
 use crate::cli::{Error, jail, machine};
@@ -122,7 +122,7 @@ pub(super) fn main(arguments: &Arguments, started: Instant) -> Result<u8, Error>
 
 fn config(arguments: &Arguments) -> Result<Config, Error> {
     let directory = Directory(&arguments.directory);
-    let snapshot = directory.read(&this_host()?)?;
+    let snapshot = directory.read()?;
     let below = arguments.base.iter().map(|base| {
         let base = Directory(base);
         Ok((base.header()?, base.memory()))

@@ -56,8 +56,7 @@ struct Shown {
 
 pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
     let directory = Directory(&arguments.directory);
-    let host = directory.header()?.host;
-    let snapshot = directory.read(&host)?;
+    let snapshot = directory.read()?;
     let bases = arguments.base.iter().map(|base| {
         let base = Directory(base);
         Ok((base.header()?, base.open(&base.memory())?))
@@ -72,6 +71,7 @@ pub(super) fn main(arguments: &Arguments) -> Result<u8, Error> {
         snapshot.state.description().clone();
     let (life, cause) = snapshot.state.life();
     let header = snapshot.header;
+    let host = header.host;
     let shown = Shown {
         id: header.id.to_string(),
         parent: match header.kind {
