@@ -6,12 +6,8 @@ use std::sync::Arc;
 
 use super::config::VmConfig;
 use super::model::{LoadSnapshot, MemoryBackendType, Vsock};
-use crate::kvm::host::Module;
-use crate::kvm::identity::HostIdentity;
-use crate::kvm::pmu::PmuPolicy;
-use crate::kvm::{self, cpuid};
 use crate::lifecycle::chain;
-use crate::machine::{Config, GuestKind, MachineState, Restore, host_identity};
+use crate::machine::{Config, GuestKind, MachineState, Restore};
 use crate::snapshot::{self, Kind, Snapshot};
 
 /// The machine of a snapshot, as it was described, and as it is to be built.
@@ -55,14 +51,10 @@ pub fn load(wanted: &LoadSnapshot) -> Result<(VmConfig, Config), String> {
 /// Any failure, with its sources.
 type Error = Box<dyn std::error::Error>;
 
+/// All that the state file says, of whatever host: the machine looks at its own when it has one.
 fn read(path: &Path) -> Result<Snapshot<MachineState>, Error> {
-    Ok(snapshot::read_state(&snapshot::open(path)?, &this_host()?)?)
-}
-
-/// This host, as far as it can be known without a machine.
-fn this_host() -> Result<HostIdentity, Error> {
-    let (cpuid, kind) = cpuid::supported(&kvm::open()?, Module::read(), PmuPolicy::Off)?;
-    Ok(host_identity(&cpuid, kind))
+    let file = snapshot::open(path)?;
+    Ok(snapshot::read_state(&file, &snapshot::read_header(&file)?.host)?)
 }
 
 /// What clients had said of it; or what can be known, if it was made in another way.
