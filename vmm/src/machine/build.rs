@@ -50,14 +50,17 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, origin, listener, disks } = resources;
+    let Resources { kvm, module, origin, listener, disks, supported } = resources;
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
     config.check_faults()?;
     // This thread sleeps now and then while KVM builds the machine; that one uses the time.
     let thread = EventLoopThread::spawn(config.seccomp)?;
-    let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    let (mut supported, kind) = match supported {
+        Some(supported) => supported,
+        None => cpuid::supported(&kvm, module, config.pmu)?,
+    };
     config.check_kvm(kind)?;
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
