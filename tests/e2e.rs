@@ -5,6 +5,8 @@
 /// How tests run the program, make guests and read what they say.
 mod harness;
 
+/// `api`: Firecracker's interface over HTTP, and our own beside it.
+mod api;
 /// An agent that is after its monitor: the next life is clean, and nothing grows.
 mod attacks;
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
@@ -55,6 +57,10 @@ mod probe;
 mod residue;
 /// A machine that obeys orders over a socket: what `launch` and the API are made of.
 mod sandbox;
+/// A machine that is captured goes on in another one.
+mod snapshot;
+/// `snapshot`: the same by command, with files and their faults.
+mod snapshot_command;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
 /// `launch` when somebody is killed, stops, or never ends.

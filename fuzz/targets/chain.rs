@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::fuzzing::{BrokenRing, Chain, Direction, Ring};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::fuzzing::{BrokenRing, Chain, Direction, GuestRam, Ring};
 
 /// RAM is two regions that meet, so that buffers can span them, and a gap behind.
 const REGION: usize = 0x1_0000;
@@ -48,7 +48,7 @@ impl<'a> Written<'a> {
     }
 
     /// Puts it into RAM, in which nothing else is.
-    fn write(&self, ram: &GuestMemoryMmap) {
+    fn write(&self, ram: &GuestRam) {
         let clean = [0; (INDIRECT + MOST_REST as u64) as usize];
         ram.write_slice(&clean, GuestAddress(0)).expect("it is RAM");
         for (at, bytes) in [(AVAIL, self.available), (TABLE, self.table), (INDIRECT, self.rest)] {
@@ -58,9 +58,9 @@ impl<'a> Written<'a> {
 }
 
 thread_local! {
-    static RAM: GuestMemoryMmap = {
+    static RAM: GuestRam = {
         let regions = [(GuestAddress(0), REGION), (GuestAddress(REGION as u64), REGION)];
-        GuestMemoryMmap::from_ranges(&regions).expect("memory for two small regions")
+        GuestRam::from_ranges(&regions).expect("memory for two small regions")
     };
 }
 
@@ -83,7 +83,7 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 /// Takes every chain that the guest has made available.
-fn take_all(ram: &GuestMemoryMmap, written: &Written) {
+fn take_all(ram: &GuestRam, written: &Written) {
     let ring = Ring::new(queue(), written.direction, ram, written.event_idx);
     let mut ring = ring.expect("its rings are in RAM").expect("it is ready");
     let mut bad = 0;
@@ -101,7 +101,7 @@ fn take_all(ram: &GuestMemoryMmap, written: &Written) {
 }
 
 /// A chain that was found to be sound is a string of bytes in RAM.
-fn check(ram: &GuestMemoryMmap, chain: &Chain, direction: Direction) {
+fn check(ram: &GuestRam, chain: &Chain, direction: Direction) {
     assert!(chain.head() < SIZE);
     let total: u64 = chain.len();
     match direction {

@@ -21,6 +21,12 @@ fn main() {
     let (launches, resets) = if quick { (3, 10) } else { (LAUNCHES, RESETS) };
     let [mut floor, mut jailed, mut unjailed, mut jail, mut whole, mut whole_unjailed] =
         [const { Vec::new() }; 6];
+    let [mut restored, mut restored_here, mut launched_here] = [const { Vec::new() }; 3];
+    let directory = tempfile::tempdir().expect("make a directory");
+    let snapshot = directory.path().join("snapshot");
+    let snapshot = snapshot.to_str().expect("UTF-8");
+    json(&["snapshot", "create", snapshot, "--json"]);
+    let original = here::config(snapshot);
     for _ in 0..launches {
         // Turn about, so that a noisy moment meets all alike.
         floor.push(milliseconds(launch_floor(MEM_MIB).expect("launch a bare machine")));
@@ -31,6 +37,9 @@ fn main() {
         unjailed.push(without);
         whole.push(with_run);
         whole_unjailed.push(without_run);
+        restored.push(hello(&json(&["snapshot", "restore", snapshot, "--json"])["lives"][0]));
+        restored_here.push(here::hello(&original));
+        launched_here.push(here::hello(&here::config_without_snapshot(MEM_MIB)));
     }
     let floor = Figure::new("floor: bare KVM calls to a guest's first out", floor);
     println!("{}", machine());
@@ -39,6 +48,9 @@ fn main() {
     Figure::new("process start to the agent's hello, 128 MiB", jailed).print(&floor);
     Figure::new("the same with --no-jail", unjailed).print(&floor);
     Figure::new("what the jail adds, launch by launch", jail).print(&floor);
+    Figure::new("restore of a snapshot, process start to hello", restored).print(&floor);
+    Figure::new("the same in a process that runs, order to hello", restored_here).print(&floor);
+    Figure::new("a cold launch in a process that runs", launched_here).print(&floor);
     Figure::new("spawn to exit with report and verdict, from outside", whole).print(&floor);
     Figure::new("the same with --no-jail", whole_unjailed).print(&floor);
     for cause in ["host", "i8042", "cf9", "acpi", "triple"] {
@@ -64,12 +76,55 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
+/// Machines in this process, without a jail.
+mod here {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use agent_protocol::AGENT_PORT;
+    use vmm::agent::Agent;
+    use vmm::boot::Payload;
+    use vmm::device::vsock::GuestPort;
+    use vmm::machine::{Config, Interrupts, Resources, Restore, launch};
+    use vmm::snapshot::{open, read_header, read_state};
+
+    pub fn config_without_snapshot(mem_mib: usize) -> Config {
+        Config::new(Payload::Agent(None), mem_mib as u64)
+    }
+
+    /// A machine like that in the directory `snapshot`.
+    pub fn config(snapshot: &str) -> Config {
+        let directory = Path::new(snapshot);
+        let file = open(&directory.join("state")).expect("open the state");
+        let host = read_header(&file).expect("a header").host;
+        let snapshot = read_state(&file, &host).expect("a state");
+        let layers = vec![(snapshot.header.clone(), directory.join("memory"))];
+        let state: Arc<vmm::machine::MachineState> = Arc::new(snapshot.state);
+        let payload = Payload::Agent(None);
+        let config = state.description().configure(config_without_snapshot(0), payload);
+        let restore = Restore { header: snapshot.header, state, layers };
+        Config { restore: Some(restore), ..config }
+    }
+
+    /// From the order to the hello, in milliseconds.
+    pub fn hello(config: &Config) -> f64 {
+        let interrupts = Interrupts::catch().expect("catch signals");
+        let began = Instant::now();
+        let (resources, _) = Resources::open(config).expect("open files");
+        let machine = launch(config, resources, interrupts).expect("launch a machine");
+        let stream = machine.connect(GuestPort(AGENT_PORT)).expect("connect");
+        Agent::greet(stream, Duration::from_secs(10)).expect("hello");
+        super::milliseconds(began.elapsed())
+    }
+}
+
 fn run_json(arguments: &[&str]) -> Value {
-    let output = Command::new(PROGRAM)
-        .args(["run", "--json"])
-        .args(arguments)
-        .output()
-        .expect("start cleanslate");
+    json(&[&["run", "--json"], arguments].concat())
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let output = Command::new(PROGRAM).args(arguments).output().expect("start cleanslate");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }

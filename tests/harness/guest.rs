@@ -14,6 +14,11 @@ impl Guest {
         Self::default()
     }
 
+    /// The instructions.
+    pub fn code(&self) -> &[u8] {
+        &self.code
+    }
+
     /// Any instruction bytes.
     pub fn raw(mut self, bytes: &[u8]) -> Self {
         self.code.extend_from_slice(bytes);

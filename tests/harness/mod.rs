@@ -1,6 +1,7 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
 pub mod agent;
+pub mod api;
 pub mod browser;
 pub mod client;
 pub mod guest;
@@ -8,6 +9,7 @@ pub mod held;
 pub mod holdings;
 pub mod lab;
 pub mod process;
+pub mod vm;
 pub mod vsock_guest;
 
 use std::fmt;

@@ -1,19 +1,24 @@
 //! The command line. One file for each subcommand; flags become plain data here and touch nothing.
 
 mod agent;
+mod api;
 mod doctor;
 mod jail;
 mod lab;
 mod launch;
+mod machine;
 mod merge;
 mod probe;
 mod reports;
 mod run;
+mod snapshot;
 mod soak;
 mod vsock;
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
@@ -33,12 +38,14 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Arguments>),
+    Snapshot(Box<snapshot::Arguments>),
     Soak(Box<soak::Arguments>),
     Launch(Box<launch::Arguments>),
     Probe(probe::Arguments),
     Merge(merge::Arguments),
     Doctor(doctor::Arguments),
     Agent(agent::Arguments),
+    Api(Box<api::Arguments>),
     Vsock(vsock::Arguments),
     Lab(lab::Arguments),
 }
@@ -60,7 +67,8 @@ pub fn status(result: Result<u8, Error>) -> u8 {
 /// # Errors
 /// Wrong usage that only shows when tried, and failures of the host.
 pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
-    let command = Arguments::try_parse().map_err(in_one_line)?.command;
+    let command =
+        Arguments::try_parse_from(words_of(std::env::args_os())).map_err(in_one_line)?.command;
     let reads_stdin = match &command {
         Command::Vsock(_) => true,
         Command::Launch(arguments) => arguments.reads_stdin(),
@@ -73,15 +81,27 @@ pub fn main(started: Instant, null: Option<OwnedFd>) -> Result<u8, Error> {
     }
     match command {
         Command::Run(arguments) => run::main(*arguments, started),
+        Command::Snapshot(arguments) => snapshot::main(*arguments, started),
         Command::Soak(arguments) => soak::main(&arguments),
         Command::Launch(arguments) => launch::main(&arguments, null),
         Command::Probe(arguments) => probe::main(&arguments),
         Command::Merge(arguments) => merge::main(&arguments),
         Command::Doctor(arguments) => doctor::main(&arguments),
         Command::Agent(arguments) => agent::main(arguments),
+        Command::Api(arguments) => api::main(*arguments, started),
         Command::Vsock(arguments) => vsock::main(arguments),
         Command::Lab(arguments) => lab::main(arguments),
     }
+}
+
+/// The command line's words. By the name of `firecracker` the program is `cleanslate api`, so that clients which start one by
+/// its path need not know.
+fn words_of(mut words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let program = words.next();
+    let name = program.as_deref().map(Path::new).and_then(Path::file_name);
+    let is_firecracker = name == Some(OsStr::new("firecracker"));
+    let command = is_firecracker.then(|| OsString::from("api"));
+    program.into_iter().chain(command).chain(words).collect()
 }
 
 /// Says what is wrong with a command for this program in another place.
@@ -136,6 +156,17 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn a_program_by_the_name_of_firecracker_is_the_api() {
+        let check = |words: &str, expected: &str| {
+            let words = words_of(words.split(' ').map(OsString::from));
+            assert_eq!(words.join(OsStr::new(" ")), OsString::from(expected));
+        };
+        check("/usr/bin/firecracker --id x", "/usr/bin/firecracker api --id x");
+        check("firecracker", "firecracker api");
+        check("/firecracker/cleanslate run", "/firecracker/cleanslate run");
+    }
 
     #[test]
     fn times_have_units() {

@@ -1,14 +1,16 @@
 //! KVM behind types of our own: the only modules that name the KVM crates.
 //!
 //! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `unhalted` the same without the
-//! time that it slept, `cpuid` and `pmu` what the guest may know, `msr_exits` which registers it has from the monitor, `irq`
-//! how devices reach it, `coalesced` which writes wait, `host` what this host is, `capability` what its KVM can. `bare` is a
+//! time that it slept, `cpuid` and `pmu` what the guest may know, `template` what of that a user changes, `msr_exits` which
+//! registers it has from the monitor, `irq` how devices reach it, `coalesced` which writes wait, `dirty_log` which pages are
+//! written, `host` what this host is, `capability` what its KVM can. `bare` is a
 //! machine to look at KVM with, `nested` what that does for hypervisors in guests.
 
 pub mod bare;
 pub mod capability;
 pub mod coalesced;
 pub mod cpuid;
+pub mod dirty_log;
 pub mod host;
 pub mod identity;
 pub mod irq;
@@ -16,6 +18,7 @@ pub mod msr_exits;
 pub mod nested;
 pub mod pmu;
 pub mod state;
+pub mod template;
 pub mod tsc;
 pub mod unhalted;
 pub mod vcpu;
@@ -24,6 +27,7 @@ pub mod vm;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+pub use kvm_bindings::CpuId;
 pub use kvm_ioctls::Kvm;
 
 /// Why KVM did not do what was asked. All are host failures.
@@ -65,14 +69,20 @@ pub enum KvmError {
         /// What it said.
         source: io::Error,
     },
+    /// A user wants what this KVM does not give.
+    #[error(transparent)]
+    Template(template::TemplateError),
     /// A register could not be put back; the machine would carry state of its earlier life.
-    #[error("put back MSR {index:#x}: KVM refused the value {value:#x} that it had at power-on")]
+    #[error("put back MSR {index:#x}: KVM refused the value {value:#x} that it had")]
     Msr {
         /// Register number.
         index: u32,
         /// The value wanted.
         value: u64,
     },
+    /// A register could be read when the machine was built, and cannot be any more.
+    #[error("get MSR {0:#x}: KVM does not give it any more")]
+    MsrGone(u32),
 }
 
 impl KvmError {

@@ -82,7 +82,7 @@ pub fn lead(
     mut on_life: impl FnMut(&Life, &Trace),
 ) -> Result<(), LifecycleError> {
     let mut steps = plan.schedule.steps().take(plan.resets as usize);
-    let mut current = Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: started };
+    let mut current = Beginning::first(machine, started);
     let trace = Trace::new(started);
     let mut leader = Leader { trace, ..Leader::new(machine, plan) };
     loop {
@@ -106,6 +106,14 @@ pub struct Beginning {
     pub moment: Option<Moment>,
     /// When its clock began.
     pub at: Instant,
+}
+
+impl Beginning {
+    /// Of `machine`'s first life, whose clock began at `at`.
+    pub fn first(machine: &Handle, at: Instant) -> Self {
+        let (life, cause) = machine.first_life();
+        Self { life, cause, moment: None, at }
+    }
 }
 
 /// Leads a machine step by step.
@@ -357,7 +365,11 @@ impl Leader<'_> {
                 let detail = "the agent came to rest though nobody asked for it";
                 self.failure(FailureKind::GuestStopped, detail.into())
             }
-            Event::Stopped(Stop::Reset(_) | Stop::Requested) | Event::Nmi(_) => {
+            Event::Stopped(Stop::Reset(_) | Stop::Requested)
+            | Event::Nmi(_)
+            | Event::Paused
+            | Event::Resumed
+            | Event::Snapshot(_) => {
                 self.failure(FailureKind::GuestStopped, "the machine stopped".into())
             }
         }

@@ -8,9 +8,11 @@ mod config;
 mod event_loop;
 mod events;
 mod interrupts;
+mod pause;
 mod pmu;
 mod reset;
 mod resources;
+mod saved;
 mod slots;
 mod vcpu_thread;
 
@@ -24,12 +26,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use build::launch;
-pub use config::{Config, ConfigError, GUEST_CID, ResetPolicy};
+pub use config::{Config, ConfigError, MAX_MEM_MIB, MIN_MEM_MIB, MOST_DISKS, ResetPolicy};
 pub use interrupts::Interrupts;
 pub use resources::Resources;
+pub use saved::{Description, GuestKind, MachineState, Restore, RestoreError};
 
 use crate::boot::BootError;
 use crate::bus::{Bus, Shared, lock};
@@ -41,6 +43,7 @@ use crate::device::reset_ports::ResetControl;
 use crate::device::rng::{Rng, RngStats};
 use crate::device::virtio::VirtioDevice;
 use crate::device::virtio::audit::DmaAudit;
+use crate::device::virtio::bell::Bell;
 use crate::device::virtio::mmio::Mmio;
 use crate::device::vsock::{
     Acceptance, GuestPort, HostPort, Vsock, VsockConnector, VsockError, VsockStats,
@@ -48,10 +51,12 @@ use crate::device::vsock::{
 use crate::fault::FaultError;
 use crate::kvm::KvmError;
 use crate::kvm::host::{HostInfo, KvmKind};
+use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Backing, Memory, MemoryError};
+use crate::snapshot::{FilesError, SnapshotError, SnapshotId, Summary, Targets};
 use events::{EventReceiver, EventSender};
 use vcpu_thread::VcpuThread;
 
@@ -76,6 +81,15 @@ pub enum MachineError {
     /// The vsock device could not be set up.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A snapshot is not one of a machine that could be here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A snapshot could not be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A file of a snapshot could not be opened.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// A file cannot be a disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -132,14 +146,24 @@ struct Machine {
     devices: Devices,
     vm: Vm,
     memory: Memory,
+    /// RAM at power-on, until the first reset of a machine that began otherwise.
+    boot: Option<Backing>,
+    /// The snapshot since which the written pages are noted, if they are.
+    parent: Option<SnapshotId>,
     config: Config,
     life: u32,
+    /// Why this life began.
+    cause: Cause,
+    /// The host, for those that a snapshot of the machine may be restored on.
+    identity: HostIdentity,
+    /// Since when nothing runs, because somebody wanted that.
+    paused: Option<Instant>,
     /// Whether the guest of this life has said that it rests.
     rested: bool,
     inbox: Receiver<Message>,
     /// Messages that were looked at and left for later; they come before the inbox.
     kept: VecDeque<Message>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
     events: EventSender,
 }
 
@@ -171,6 +195,9 @@ enum Command {
     NewLife(Cause, Instant),
     Nmi(NmiVia),
     ResetTransport,
+    Pause,
+    Resume,
+    Snapshot(Targets, SnapshotKind),
     Stop,
 }
 
@@ -239,10 +266,49 @@ pub enum Event {
     },
     /// The agent has come to its last instructions, with marks in all registers. At most once in a life.
     Rested,
+    /// It stands still as was wanted, until it is to go on.
+    Paused,
+    /// It goes on as was wanted.
+    Resumed,
+    /// A snapshot was wanted, and this became of it.
+    Snapshot(Box<Result<Summary, CaptureError>>),
     /// An NMI was wanted, and this became of it.
     Nmi(NmiOutcome),
     /// It does not run any more. The last event.
     Stopped(Stop),
+}
+
+/// How much of RAM a snapshot is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// All of it.
+    Full,
+    /// What was written since the last one, or since the one that the machine was restored from.
+    Layer,
+}
+
+/// Why there is no snapshot of a machine, which is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The machine runs.
+    #[error("the machine has to be paused for a snapshot")]
+    NotPaused,
+    /// A layer, and nobody knows of what.
+    #[error(
+        "only a machine with --track-dirty-pages knows what was written since its last snapshot"
+    )]
+    NotTracked,
+    /// A layer on nothing.
+    #[error(
+        "there is no snapshot of the machine yet that another one could build on: make a full one first"
+    )]
+    NoParent,
+    /// KVM did not give something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// It could not be written.
+    #[error(transparent)]
+    Write(#[from] SnapshotError),
 }
 
 /// What became of an NMI that was wanted.
@@ -319,7 +385,7 @@ impl GuestStats {
 /// Steers a machine from another thread. Dropping it stops the machine and waits for its end.
 pub struct Handle {
     commands: Sender<Message>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
     events: EventReceiver,
     connector: VsockConnector,
     virtio: VirtioDevices,
@@ -328,6 +394,8 @@ pub struct Handle {
     mmio: Arc<Bus>,
     console: ConsoleTail,
     host: Host,
+    first_life: (u32, Cause),
+    is_restored: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -361,6 +429,22 @@ impl Handle {
         self.send(Command::ResetTransport);
     }
 
+    /// Has nothing of the machine run any more: no vCPU and no device. Who talks to it waits. [`Event::Paused`] follows, also if it
+    /// was paused already.
+    pub fn pause(&self) {
+        self.send(Command::Pause);
+    }
+
+    /// Has it go on. [`Event::Resumed`] follows, also if it was not paused.
+    pub fn resume(&self) {
+        self.send(Command::Resume);
+    }
+
+    /// Writes what the machine is to two files. It has to be paused, and stays so. [`Event::Snapshot`] follows.
+    pub fn snapshot(&self, targets: Targets, kind: SnapshotKind) {
+        self.send(Command::Snapshot(targets, kind));
+    }
+
     /// Stops the machine. [`Event::Stopped`] follows.
     pub fn stop(&self) {
         self.send(Command::Stop);
@@ -369,7 +453,7 @@ impl Handle {
     fn send(&self, command: Command) {
         // If the event loop has ended, its last event says why, and there is nobody left to command.
         if self.commands.send(Message::Command(command)).is_ok() {
-            let _ = self.wake.write(1);
+            self.wake.ring();
         }
     }
 
@@ -403,6 +487,16 @@ impl Handle {
     /// As for [`Handle::connect`].
     pub fn expect(&self, port: HostPort, acceptance: Acceptance) -> std::io::Result<UnixStream> {
         self.connector.expect(port, acceptance)
+    }
+
+    /// The number of the life in which the machine was launched, and why that began: 1, unless it was restored.
+    pub fn first_life(&self) -> (u32, Cause) {
+        self.first_life
+    }
+
+    /// Whether it was restored.
+    pub fn is_restored(&self) -> bool {
+        self.is_restored
     }
 
     /// What the guest printed last.

@@ -29,6 +29,8 @@ pub use files::{Drafts, FilesError, open};
 pub use pages::{Extent, PageMap};
 pub use reading::template;
 pub use state_file::{VERSION, read_header, read_state};
+#[cfg(feature = "fuzzing")]
+pub use state_file::{encode, parse};
 pub use writing::{Pages, Summary, write};
 
 use crate::kvm::identity::HostIdentity;

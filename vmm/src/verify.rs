@@ -107,6 +107,8 @@ pub struct Expectations {
     pub kvm: KvmKind,
     /// Which of the DMA audit's violations are findings.
     pub dma_audit: AuditMode,
+    /// Its first life had begun before, in a machine that it was restored from.
+    pub restored: bool,
     /// Whether its KVM lets anybody clear HWCR ([`crate::kvm::state::clears_hwcr`]).
     pub clears_hwcr: bool,
 }
@@ -171,8 +173,9 @@ fn judge(expectations: Expectations, before: Option<&Report>, life: &Life) -> Ve
     }
     if let Some(report) = &life.report {
         check_identity(life, report, &mut add);
-        // After a kexec there was no reset of it.
-        if expectations.kvm != KvmKind::Software && life.cause != Cause::Kexec {
+        // After a kexec there was no reset of it, and a restore begins no life.
+        let is_anew = life.cause != Cause::Kexec && !(expectations.restored && before.is_none());
+        if expectations.kvm != KvmKind::Software && is_anew {
             check_tsc(life, report, &mut add);
         }
         pmu::check(expectations.pmu, life.life, report, &mut add);

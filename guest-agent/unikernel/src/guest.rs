@@ -13,10 +13,10 @@ use agent::random::Generator;
 use agent::vsock::Answer;
 use agent_protocol::{
     GuestReset, Hello, Identity, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report,
-    Request, Timings, VsockReport,
+    Request, Timings, VmcsFields, VsockReport,
 };
 
-use crate::arch::{gate, leave, port, pvh, records, svm, tsc};
+use crate::arch::{gate, leave, port, pvh, records, svm, tsc, vmx};
 use crate::dma;
 use crate::machine_state;
 use crate::virtio::RequestDevices;
@@ -221,6 +221,15 @@ impl Agent {
         }
     }
 
+    fn vmcs_fields(&self) -> Result<VmcsFields, String> {
+        const VMX: u32 = 1 << 5;
+        let features = self.pmu.as_ref().map_or(0, |report| report.cpuid.leaf_1_ecx);
+        match features & VMX {
+            0 => Err("the guest's CPUID has no VMX".into()),
+            _ => vmx::vmcs_fields(),
+        }
+    }
+
     fn identify(&mut self) -> Identity {
         let generation = self.params.generation.and_then(pvh::generation).unwrap_or_default();
         // Without the device the generation alone tells clones apart.
@@ -314,6 +323,10 @@ impl Answer for Agent {
             }
             Request::Probe(Probe::FailedVmrun) => match self.failed_vmrun() {
                 Ok([before, after]) => Reply::Probed(Probed::FailedVmrun { before, after }),
+                Err(why) => Reply::Refused(why),
+            },
+            Request::Probe(Probe::VmcsFields) => match self.vmcs_fields() {
+                Ok(fields) => Reply::Probed(Probed::VmcsFields(fields)),
                 Err(why) => Reply::Refused(why),
             },
             Request::AwaitNmi { seen, ticks } => {

@@ -1,6 +1,9 @@
 //! The jail of a command that runs machines: flags to a [`Jail`], and the work in a process that is in it.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use clap::Args;
 use jailer::cgroup::Setting;
@@ -8,9 +11,13 @@ use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
+use crate::api::instance;
 use crate::device::block::WORKERS;
 use crate::device::vsock::SocketFile;
+use crate::exit;
+use crate::lifecycle::chain;
 use crate::machine::{Config, Interrupts, MachineError, Resources};
+use crate::sandbox::{self, Guidance, Sandbox};
 
 /// Where the jail shows the directory of the vsock socket.
 const SOCKETS: &str = "/sockets";
@@ -100,18 +107,30 @@ impl Arguments {
         notice: impl Fn(&str),
         work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
     ) -> Result<u8, Error> {
+        self.run_with(config, Ok, notice, work)
+    }
+
+    /// The same with what else `add` gives to what was opened.
+    pub fn run_with(
+        &self,
+        config: Config,
+        add: impl FnOnce(Resources) -> Result<Resources, Error>,
+        notice: impl Fn(&str),
+        work: impl FnOnce(&Config, Resources, Interrupts) -> Result<u8, Error>,
+    ) -> Result<u8, Error> {
         if self.no_jail {
             notice("--no-jail: the machine runs in this process, with all its rights");
             allow_descriptors()?;
             // Before there is a socket's file that a signal could leave behind.
             let interrupts = Interrupts::catch_as_started()?.and_transport_resets()?;
             let (resources, _socket_files) = Resources::open(&config)?;
-            return work(&config, resources, interrupts);
+            return work(&config, add(resources)?, interrupts);
         }
         let config = Config { seccomp: true, ..config };
         let id = self.wishes.id.clone().unwrap_or_else(Id::of_this_process);
         let prepared = self.wishes.jail(&config, id)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
+        let resources = add(resources)?;
         for lack in prepared.lacks() {
             notice(&format!("the jail is weaker than it should be: {lack}"));
         }
@@ -136,6 +155,64 @@ impl Arguments {
 }
 
 impl Wishes {
+    /// Opens what `config` names and has a process that is confined wait for orders to boot it. `console` takes the
+    /// place of standard output there. `filters`: with filters of system calls.
+    pub fn start(
+        &self,
+        config: Config,
+        console: Option<File>,
+        guidance: Guidance,
+        filters: bool,
+        janitor: &Rc<Janitor>,
+        notice: impl Fn(&str),
+    ) -> Result<instance::Machine, Error> {
+        let config = Config { seccomp: filters, ..config };
+        let id = self.id.clone().unwrap_or_else(Id::of_this_process);
+        let prepared = self.jail(&config, id)?.prepare_with(janitor)?;
+        let (resources, files) = open(&config, janitor)?;
+        for lack in prepared.lacks() {
+            notice(&format!("the jail is weaker than it should be: {lack}"));
+        }
+        let (sandbox, socket) = Sandbox::new()?;
+        let process = prepared.start(
+            (resources, socket, console),
+            |(resources, socket, console)| {
+                let mut descriptors = resources.descriptors();
+                descriptors.push(socket.as_fd());
+                descriptors.extend(console.iter().map(AsFd::as_fd));
+                descriptors
+            },
+            |(resources, socket, console), entered| {
+                let catch = || -> Result<Interrupts, Error> {
+                    let inside = entered?;
+                    if let Some(console) = console {
+                        rustix::stdio::dup2_stdout(&console)?;
+                    }
+                    let interrupts = Interrupts::catch()?.and_transport_resets()?;
+                    inside.let_signals_come();
+                    jailer::seccomp::catch_violations(inside.report)
+                        .map_err(MachineError::host("catch forbidden system calls"))?;
+                    Ok(interrupts)
+                };
+                match catch() {
+                    Ok(interrupts) => {
+                        crate::memory::warm_heap();
+                        let resources = resources.with_sockets_in(Path::new(SOCKETS));
+                        // Whoever gives the orders is told why.
+                        let served =
+                            sandbox::serve(socket, &config, guidance, resources, interrupts);
+                        u8::from(served.is_err())
+                    }
+                    Err(error) => {
+                        sandbox::refuse(socket, chain(&*error));
+                        exit::USAGE_OR_HOST
+                    }
+                }
+            },
+        )?;
+        Ok(instance::Machine { sandbox, process, files })
+    }
+
     /// The jail's name, if one is wanted.
     pub fn id(&self) -> Option<&Id> {
         self.id.as_ref()

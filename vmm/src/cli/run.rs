@@ -1,6 +1,6 @@
 //! `cleanslate run`: one machine, some lives, a verdict; or any other guest with its console on stdout.
 
-mod guest;
+pub(super) mod guest;
 mod lines;
 mod output;
 
@@ -9,26 +9,23 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Cause;
-use clap::{Args, ValueEnum};
-use images::guest::LinuxGuest;
+use clap::Args;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
+use super::machine::{self, Guest};
 use super::{Error, jail};
-use crate::boot::Payload;
-use crate::device::block::DiskConfig;
-use crate::device::console::ConsoleOutput;
-use crate::device::pmu::Shape;
 use crate::device::virtio::audit::AuditMode;
 use crate::exit;
 use crate::fault::{Fault, Faults};
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{self, LifecycleError, Plan, ResidueCheck};
-use crate::machine::{self, Config, Interrupts, ResetPolicy, Resources};
+use crate::machine::{Config, Handle, Interrupts, ResetPolicy, Resources, launch};
 use crate::memory;
 use crate::schedule::{Moment, Schedule};
 use crate::soak::line::Evidence;
 use crate::verify::{Expectations, Judge};
-use output::{Format, Output, Summary};
+pub(super) use output::{Format, Written};
+use output::{Output, Summary};
 
 /// Boot a machine, reset it in place, and say whether it came back clean
 ///
@@ -60,9 +57,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     resets: u32,
 
-    /// What runs in the machine
-    #[arg(long, value_enum, value_name = "GUEST", default_value_t, conflicts_with = "agent")]
-    guest: Guest,
+    #[command(flatten)]
+    machine: machine::Arguments,
 
     /// How to reset it, in turn: host, i8042, cf9, acpi, triple; with --guest linux also sysrq, panic, kexec [default:
     /// host,i8042,triple]
@@ -81,22 +77,6 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
     nmi: u32,
 
-    /// Performance counters of the guest
-    #[arg(long, value_enum, default_value_t)]
-    pmu: PmuPolicy,
-
-    /// Emulated counters: 1 is AMD's legacy or core set, 2 is PerfMonV2 with global registers [default: 2]
-    #[arg(long, value_name = "VERSION")]
-    pmu_version: Option<u8>,
-
-    /// How many emulated counters: 4 or 6, with --pmu-version 2 also 5 [default: 6]
-    #[arg(long, value_name = "N")]
-    pmu_counters: Option<u8>,
-
-    /// How often events happen on emulated counters, cycles apart: the same for the same number [default: 0]
-    #[arg(long, value_name = "N")]
-    pmu_seed: Option<u64>,
-
     /// Give all state another value than it has after a reset before each one, and look at it first thing afterwards
     #[arg(long)]
     poison: bool,
@@ -104,31 +84,6 @@ pub(super) struct Arguments {
     /// Leave out this step of each reset, to see that the verdict finds it; may be repeated
     #[arg(long, value_enum, value_name = "FAULT")]
     inject: Vec<Fault>,
-
-    /// RAM in MiB [default: 128, with --guest linux 256]
-    #[arg(long, value_name = "MIB")]
-    mem: Option<u64>,
-
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    vcpus: u32,
-
-    /// Boot this kernel: an ELF with or without a PVH note, or a bzImage. With --guest linux its modules have to be installed
-    /// [there the default is the newest that is installed]
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-
-    /// Boot this agent instead of the embedded one: an ELF with a PVH note that ends below 12 MiB and speaks the same protocol
-    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
-    agent: Option<PathBuf>,
-
-    /// Initial RAM disk for the kernel
-    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "guest")]
-    initrd: Option<PathBuf>,
-
-    /// Add this to the end of the guest's command line
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    cmdline: String,
 
     /// Unix socket for host clients of the guest's vsock ports, in Firecracker's convention: connect, write
     /// "CONNECT <port>\n", read "OK <port>\n"; the guest's connections to host port N go to PATH_N
@@ -139,18 +94,6 @@ pub(super) struct Arguments {
     /// a message of its own, and so is all that follows
     #[arg(long, value_name = "PATH", requires = "uds")]
     uds_seqpacket: Option<PathBuf>,
-
-    /// A disk: a regular file or a block device with the disk's bytes; with ",ro" the guest cannot write it; may be repeated
-    #[arg(long, value_name = "PATH[,ro]")]
-    disk: Vec<DiskConfig>,
-
-    /// A source of random bytes (virtio-rng)
-    #[arg(long)]
-    rng: bool,
-
-    /// Offer VIRTIO_F_ACCESS_PLATFORM on every virtio device: drivers then use their system's DMA interface, Linux's older ones too
-    #[arg(long)]
-    dma_platform: bool,
 
     /// Look at every buffer that the guest posts on virtio queues
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
@@ -181,21 +124,9 @@ pub(super) struct Arguments {
     jail: jail::Arguments,
 }
 
-/// What runs in the machine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Guest {
-    /// The embedded agent, or with --kernel that kernel and no agent
-    #[default]
-    Unikernel,
-    /// An installed Linux, or the one of --kernel, with the agent as its first process
-    Linux,
-}
-
 /// Options that contradict each other in ways that clap cannot tell.
 #[derive(Debug, thiserror::Error)]
 enum UsageError {
-    #[error("{0} describes the emulated counters: add --pmu emulated")]
-    NotEmulated(&'static str),
     #[error("{0} shows after a reset: add --resets N")]
     NoReset(&'static str),
     #[error("{0} takes an agent: with --kernel add --guest linux, or leave out --kernel")]
@@ -245,51 +176,20 @@ impl Arguments {
         {
             return Err(UsageError::SameSocket(path.clone()).into());
         }
-        let (payload, reset_policy, console) = match (&self.kernel, self.guest) {
-            (kernel, Guest::Linux) => (
-                Payload::Linux(LinuxGuest::new(
-                    kernel.as_deref(),
-                    self.reset_via.contains(&Cause::Kexec),
-                )?),
-                ResetPolicy::InPlace,
-                ConsoleOutput::Kept,
-            ),
-            (Some(kernel), Guest::Unikernel) => (
-                Payload::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() },
-                ResetPolicy::Limited(self.resets),
-                ConsoleOutput::Stdout,
-            ),
-            (None, Guest::Unikernel) => {
-                (Payload::Agent(self.agent.clone()), ResetPolicy::InPlace, ConsoleOutput::Kept)
-            }
-        };
-        let mem_mib = self.mem.unwrap_or(match self.guest {
-            Guest::Unikernel => 128,
-            Guest::Linux => 256,
-        });
+        let config = self.machine.config(self.reset_via.contains(&Cause::Kexec))?;
         Ok(Config {
-            command_line: self.cmdline.clone(),
-            vcpus: self.vcpus,
-            pmu: self.pmu,
-            pmu_shape: self.pmu_shape()?,
-            pmu_seed: self.pmu_seed.or(self.seed).unwrap_or(0),
+            pmu_seed: self.machine.pmu_seed.or(self.seed).unwrap_or(0),
             looks_first: self.poison,
             faults: self.faults()?,
-            reset_policy,
-            console,
+            reset_policy: match self.machine.has_agent() {
+                true => ResetPolicy::InPlace,
+                false => ResetPolicy::Limited(self.resets),
+            },
             vsock_path: self.uds.clone(),
             vsock_messages_path: self.uds_seqpacket.clone(),
-            rng: self.rng,
-            disks: self.disk.clone(),
-            dma_platform: self.dma_platform,
             dma_audit: self.dma_audit,
-            ..Config::new(payload, mem_mib)
+            ..config
         })
-    }
-
-    /// Whether an agent runs in the machine.
-    fn has_agent(&self) -> bool {
-        self.kernel.is_none() || self.guest == Guest::Linux
     }
 
     fn check_guest(&self) -> Result<(), UsageError> {
@@ -305,8 +205,8 @@ impl Arguments {
             ("--json-lines", self.json_lines),
         ];
         let given = of_agents.iter().find(|(_, is_given)| *is_given);
-        match (given, self.guest) {
-            (Some((option, _)), _) if !self.has_agent() => Err(UsageError::NoAgent(option)),
+        match (given, self.machine.guest) {
+            (Some((option, _)), _) if !self.machine.has_agent() => Err(UsageError::NoAgent(option)),
             (_, Guest::Linux) if self.seed.is_some() && self.reset_via.contains(&Cause::Kexec) => {
                 Err(UsageError::NotForLinux("kexec with --seed", "it comes in turn alone"))
             }
@@ -338,22 +238,8 @@ impl Arguments {
         }
     }
 
-    fn pmu_shape(&self) -> Result<Shape, Error> {
-        let described = [
-            ("--pmu-version", self.pmu_version.is_some()),
-            ("--pmu-counters", self.pmu_counters.is_some()),
-            ("--pmu-seed", self.pmu_seed.is_some()),
-        ];
-        if let Some((option, _)) = described.iter().find(|(_, is_given)| *is_given)
-            && self.pmu != PmuPolicy::Emulated
-        {
-            return Err(UsageError::NotEmulated(option).into());
-        }
-        Ok(Shape::new(self.pmu_version.unwrap_or(2), self.pmu_counters.unwrap_or(6))?)
-    }
-
     fn faults(&self) -> Result<Faults, Error> {
-        let faults = Faults::new(self.inject.clone(), self.pmu, self.poison)?;
+        let faults = Faults::new(self.inject.clone(), self.machine.pmu, self.poison)?;
         for (option, is_given) in [("--inject", !faults.is_empty()), ("--poison", self.poison)] {
             if is_given && self.resets == 0 {
                 return Err(UsageError::NoReset(option).into());
@@ -402,60 +288,69 @@ fn lead(
     started: Instant,
 ) -> Result<u8, Error> {
     memory::warm_heap();
-    let machine = machine::launch(config, resources, interrupts)?;
-    if !arguments.has_agent() {
+    let machine = launch(config, resources, interrupts)?;
+    if !arguments.machine.has_agent() {
         return guest::follow(&machine, arguments.dma_audit);
     }
+    let guest = arguments.machine.guest;
     let plan = Plan {
         resets: arguments.resets,
         schedule: arguments.schedule(),
         nmis: arguments.nmi,
         residue: if arguments.poison { ResidueCheck::Poison } else { ResidueCheck::Off },
-        arms_pmu: arguments.pmu != PmuPolicy::Off,
+        arms_pmu: config.pmu != PmuPolicy::Off,
         late_nmi: config.faults.has(Fault::NmiAfterReset),
-        timeout: Duration::from_secs(arguments.timeout.unwrap_or(match arguments.guest {
-            Guest::Unikernel => 10,
-            Guest::Linux => 120,
-        })),
+        timeout: arguments.timeout.map_or(guest.patience(), Duration::from_secs),
     };
-    let expectations = Expectations {
-        pmu: arguments.pmu,
-        kvm: machine.kvm_kind(),
-        dma_audit: arguments.dma_audit,
-        clears_hwcr: machine.clears_hwcr(),
-    };
-    let mut judge = Judge::new(expectations);
     let format = match (arguments.json, arguments.json_lines) {
         (true, _) => Format::Json,
         (_, true) => Format::Lines,
         _ => Format::Table,
     };
+    let status = judge(&machine, config, &plan, (started, format), |_, _| Ok(None))?;
+    if arguments.hold && status != exit::INTERRUPTED {
+        return guest::hold(&machine, arguments.dma_audit, status, arguments.json_lines);
+    }
+    Ok(status)
+}
+
+/// Leads a machine with an agent through `plan`, judges it, and prints all of that. `finally` does what is left to do before the
+/// result is told, knowing whether the machine is clean.
+pub(super) fn judge(
+    machine: &Handle,
+    config: &Config,
+    plan: &Plan,
+    (started, format): (Instant, Format),
+    finally: impl FnOnce(&Handle, bool) -> Result<Option<Written>, Error>,
+) -> Result<u8, Error> {
+    let expectations = Expectations {
+        pmu: config.pmu,
+        kvm: machine.kvm_kind(),
+        dma_audit: config.dma_audit,
+        restored: machine.is_restored(),
+        clears_hwcr: machine.clears_hwcr(),
+    };
+    let mut judge = Judge::new(expectations);
     let mut output = Output::new(format, plan.resets);
-    output.begin(&Summary::new(&machine, config, expectations, &[]));
-    let led = lifecycle::lead(&machine, &plan, started, |life, trace| {
+    output.begin(&Summary::new(machine, config, expectations, &[]));
+    let led = lifecycle::lead(machine, plan, started, |life, trace| {
         let (findings, before) = judge.hear(life);
         let console = || machine.console().last_lines(CONSOLE_LINES);
         output.life(life, findings, || Evidence::new(before, life, console(), trace));
     });
-    match led {
-        Ok(()) => {}
-        Err(error) => {
+    let is_clean = judge.findings().is_empty();
+    let done = match led {
+        Ok(()) => finally(machine, is_clean),
+        Err(LifecycleError::Interrupted) => {
             output.abandon();
-            return match error {
-                LifecycleError::Interrupted => {
-                    eprintln!("cleanslate: interrupted");
-                    Ok(exit::INTERRUPTED)
-                }
-                error => Err(error.into()),
-            };
+            eprintln!("cleanslate: interrupted");
+            return Ok(exit::INTERRUPTED);
         }
-    }
-    let status = if judge.findings().is_empty() { exit::CLEAN } else { exit::FINDINGS };
-    output
-        .finish(&Summary::new(&machine, config, expectations, judge.findings()))
-        .map_err(PrintError)?;
-    if arguments.hold {
-        return guest::hold(&machine, arguments.dma_audit, status, arguments.json_lines);
-    }
-    Ok(status)
+        Err(error) => Err(error.into()),
+    };
+    let snapshot = done.inspect_err(|_| output.abandon())?;
+    let mut summary = Summary::new(machine, config, expectations, judge.findings());
+    summary.snapshot = snapshot;
+    output.finish(&summary).map_err(PrintError)?;
+    Ok(if is_clean { exit::CLEAN } else { exit::FINDINGS })
 }

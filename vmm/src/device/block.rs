@@ -27,7 +27,10 @@ use self::workers::{Job, MOST_IN_FLIGHT, Workers};
 use super::virtio::bell::Bell;
 use super::virtio::chain::{Chain, Direction};
 use super::virtio::ring::{BrokenRing, Ring};
-use super::virtio::{Driver, F_EVENT_IDX, Interrupt, RING_FEATURES, VirtioDevice};
+use super::virtio::{
+    Driver, F_EVENT_IDX, Interrupt, RING_FEATURES, RestoreError, RingPosition, SavedDevice,
+    VirtioDevice,
+};
 use crate::memory::GuestRam;
 
 /// Device type (virtio 1.2, section 5).
@@ -145,10 +148,18 @@ impl Block {
     }
 
     fn answer_and_take(&mut self) -> Result<bool, BrokenRing> {
+        self.answer_finished()?;
+        let Some(guest) = self.guest.as_mut() else { return Ok(false) };
+        let more = guest.take(&self.disk, &self.id, &self.workers, &mut self.stats)?;
+        guest.signal()?;
+        Ok(more)
+    }
+
+    fn answer_finished(&mut self) -> Result<(), BrokenRing> {
         self.workers.take_finished(&mut self.finished);
         let Some(guest) = self.guest.as_mut() else {
             self.finished.clear();
-            return Ok(false);
+            return Ok(());
         };
         for job in self.finished.drain(..) {
             if let Some(error) = &job.error
@@ -162,11 +173,7 @@ impl Block {
             guest.answer(&job.chain, job.status, job.written)?;
             guest.spare.push(job.chain);
         }
-        let more = guest.take(&self.disk, &self.id, &self.workers, &mut self.stats)?;
-        if guest.ring.must_signal(&guest.ram)? {
-            guest.interrupt.signal_used();
-        }
-        Ok(more)
+        Ok(())
     }
 
     /// The queue cannot be used any more (`DEVICE_NEEDS_RESET`; virtio 1.2, section 2.1.2).
@@ -289,6 +296,14 @@ impl Guest {
         Ok(true)
     }
 
+    /// Tells the driver of answers, if it wants to know.
+    fn signal(&mut self) -> Result<(), BrokenRing> {
+        if self.ring.must_signal(&self.ram)? {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
     /// Answers the request in `chain`, of which `written` bytes at the start of the writable part have been written. The length
     /// that the driver is told covers the status only if nothing before it was left out (section 2.7.8.2).
     fn answer(&mut self, chain: &Chain, status: Status, written: u64) -> Result<(), BrokenRing> {
@@ -367,6 +382,43 @@ impl VirtioDevice for Block {
 
     fn needs_reset(&self) -> bool {
         self.needs_reset
+    }
+
+    fn settle(&mut self) {
+        self.workers.wait_idle();
+        let answered = self.answer_finished();
+        let told = answered.and_then(|()| self.guest.as_mut().map_or(Ok(()), Guest::signal));
+        if told.is_err() {
+            self.give_up();
+        }
+        // There may be more to take when the machine goes on.
+        self.bell.ring();
+    }
+
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        vec![self.guest.as_ref().map(|guest| guest.ring.position())]
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Block { capacity: self.disk.capacity() }
+    }
+
+    fn restore(
+        &mut self,
+        saved: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError> {
+        let here = self.disk.capacity();
+        match saved {
+            SavedDevice::Block { capacity } if *capacity != here => {
+                return Err(RestoreError::Capacity(*capacity, here));
+            }
+            _ => {}
+        }
+        self.needs_reset = needs_reset;
+        driver.into_iter().for_each(|driver| self.activate(driver));
+        Ok(())
     }
 
     fn reset(&mut self) {

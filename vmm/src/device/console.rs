@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use vm_superio::{Serial, Trigger, serial::NoEvents};
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
+use vm_superio::{Serial, Trigger};
 
 use super::ioapic::Pin;
 use crate::bus::{Device, Effect};
@@ -88,6 +90,31 @@ fn write_to_stdout(mut bytes: &[u8]) {
     }
 }
 
+/// The chip's registers (Serde's way for a structure of another crate).
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+/// A serial port's state, as plain data. What was printed is not part of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedConsole(#[serde(with = "Registers")] SerialState);
+
+/// More bytes wait to be read than the chip has room for.
+#[derive(Debug, thiserror::Error)]
+#[error("its serial port holds {0} bytes, more than there is room for")]
+pub struct Overfull(usize);
+
 impl Trigger for Pin {
     type E = std::convert::Infallible;
 
@@ -115,6 +142,23 @@ impl Console {
     /// What the guest printed last.
     pub fn tail(&self) -> ConsoleTail {
         self.tail.clone()
+    }
+
+    /// What the chip is now.
+    pub fn save(&self) -> SavedConsole {
+        SavedConsole(self.chip.state())
+    }
+
+    /// Makes the chip what another one was. An interrupt that it asked for is asked for again.
+    ///
+    /// # Errors
+    /// [`Overfull`].
+    pub fn restore(&mut self, SavedConsole(state): &SavedConsole) -> Result<(), Overfull> {
+        let output = Output { tail: self.tail.clone(), to: self.to };
+        // Its trigger cannot fail.
+        self.chip = Serial::from_state(state, self.pin.clone(), NoEvents, output)
+            .map_err(|_| Overfull(state.in_buffer.len()))?;
+        Ok(())
     }
 
     /// Power-on state of the chip; what was printed stays known.

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Device, Effect};
 
 /// Number of pins.
@@ -24,10 +26,13 @@ const INDEX_ARBITRATION: u32 = 0x02;
 const INDEX_FIRST_ENTRY: u32 = 0x10;
 
 /// Redirection entry: read-only bits are delivery status (12) and remote IRR (14).
-const ENTRY_READ_ONLY: u64 = 1 << 12 | ENTRY_REMOTE_IRR;
+const ENTRY_READ_ONLY: u64 = ENTRY_DELIVERY_STATUS | ENTRY_REMOTE_IRR;
+const ENTRY_DELIVERY_STATUS: u64 = 1 << 12;
 const ENTRY_REMOTE_IRR: u64 = 1 << 14;
 const ENTRY_LEVEL: u64 = 1 << 15;
 const ENTRY_MASKED: u64 = 1 << 16;
+/// The bits of the identification register that are not reserved.
+const ID_WRITABLE: u32 = 0x0f00_0000;
 
 /// A message-signalled interrupt (Intel SDM volume 3, section "Message Signalled Interrupts").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +47,14 @@ pub struct Msi {
 pub trait MsiSink: Send + Sync + fmt::Debug {
     /// Delivers one message of `pin` (below [`PINS`]).
     fn send(&self, pin: usize, msi: Msi);
+
+    /// Such a message has been delivered, to a machine that this one was restored from; its end is to be told.
+    fn await_end(&self, _pin: usize, _msi: Msi) {}
 }
 
-#[derive(Debug)]
-struct Registers {
+/// All of its state, as plain data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Registers {
     select: u32,
     id: u32,
     entries: [u64; PINS],
@@ -97,6 +106,24 @@ impl IoApic {
         }
     }
 
+    /// What it is now.
+    pub fn save(&self) -> Registers {
+        self.lock().clone()
+    }
+
+    /// Makes it what another one was. Bits that no register has are dropped, as at a write.
+    pub fn restore(&self, saved: &Registers) {
+        let mut registers = Registers { select: saved.select & 0xff, ..saved.clone() };
+        registers.id &= ID_WRITABLE;
+        for (pin, entry) in registers.entries.iter_mut().enumerate() {
+            *entry = settled(*entry & !ENTRY_DELIVERY_STATUS);
+            if *entry & ENTRY_REMOTE_IRR != 0 {
+                self.sink.await_end(pin, message(*entry));
+            }
+        }
+        *self.lock() = registers;
+    }
+
     /// Power-on state: pins masked, signals forgotten.
     pub fn reset(&self) {
         *self.lock() = Registers::POWER_ON;
@@ -131,7 +158,7 @@ impl IoApic {
     fn write_window(&self, value: u32) {
         let mut registers = self.lock();
         if registers.select == INDEX_ID {
-            registers.id = value & 0x0f00_0000;
+            registers.id = value & ID_WRITABLE;
             return;
         }
         let Some((pin, half)) = entry_half(registers.select) else { return };
@@ -140,12 +167,8 @@ impl IoApic {
             0 => (old & !0xffff_ffff) | u64::from(value),
             _ => (old & 0xffff_ffff) | u64::from(value) << 32,
         };
-        let mut entry = (written & !ENTRY_READ_ONLY) | (old & ENTRY_READ_ONLY);
-        if entry & ENTRY_LEVEL == 0 {
-            // An edge-triggered entry waits for no end of interrupt.
-            entry &= !ENTRY_REMOTE_IRR;
-        }
-        registers.entries[pin] = entry;
+        let entry = (written & !ENTRY_READ_ONLY) | (old & ENTRY_READ_ONLY);
+        registers.entries[pin] = settled(entry);
         self.deliver(&mut registers, pin);
     }
 }
@@ -155,6 +178,11 @@ fn entry_half(index: u32) -> Option<(usize, u32)> {
     let offset = index.checked_sub(INDEX_FIRST_ENTRY)?;
     let pin = (offset / 2) as usize;
     (pin < PINS).then_some((pin, offset % 2))
+}
+
+/// An edge-triggered entry waits for no end of interrupt.
+fn settled(entry: u64) -> u64 {
+    if entry & ENTRY_LEVEL == 0 { entry & !ENTRY_REMOTE_IRR } else { entry }
 }
 
 /// The message of a redirection entry.
@@ -294,6 +322,28 @@ mod tests {
         assert_eq!(read(&mut ioapic, INDEX_FIRST_ENTRY + 10), ENTRY_MASKED as u32);
         program(&mut ioapic, 3, 0x41);
         assert!(log.take().is_empty());
+    }
+
+    #[test]
+    fn another_one_goes_on_where_this_one_stopped() {
+        let (mut ioapic, log) = ioapic();
+        program(&mut ioapic, 9, ENTRY_LEVEL | 0x42);
+        ioapic.signal(9);
+        ioapic.signal(9);
+        ioapic.signal(3);
+        let (mut other, other_log) = self::ioapic();
+        let mut saved = ioapic.save();
+        // What no write could have set.
+        saved.entries[4] |= ENTRY_READ_ONLY;
+        saved.id = u32::MAX;
+        other.restore(&saved);
+        assert_eq!((log.take().len(), other_log.take().len()), (1, 0));
+        assert_eq!(read(&mut other, INDEX_FIRST_ENTRY + 8), ENTRY_MASKED as u32);
+        assert_eq!(read(&mut other, INDEX_ID), ID_WRITABLE);
+        other.end_of_interrupt(0x42);
+        assert_eq!(other_log.take().len(), 1, "the second signal waited for the end of the first");
+        program(&mut other, 3, 0x41);
+        assert_eq!(other_log.take().len(), 1, "a signal waited for the unmasking");
     }
 
     #[test]

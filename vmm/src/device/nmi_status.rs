@@ -1,6 +1,8 @@
 //! Port 0x61: NMI status and control. An NMI handler reads it for the reason; on this machine no device ever raises SERR
 //! or IOCHK, and saying anything else would turn every stray NMI into a bus error.
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Device, Effect};
 
 /// Gate and data of timer 2 and the enables of SERR and IOCHK are what software wrote; the rest is status.
@@ -9,7 +11,7 @@ const WRITABLE: u8 = 0x0f;
 const REFRESH_TOGGLE: u8 = 1 << 4;
 
 /// The register.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct NmiStatus {
     value: u8,
 }
@@ -27,6 +29,11 @@ impl Device for NmiStatus {
 }
 
 impl NmiStatus {
+    /// Makes it what another one was, as far as software could have made it so.
+    pub fn restore(&mut self, saved: &Self) {
+        self.value = saved.value & (WRITABLE | REFRESH_TOGGLE);
+    }
+
     /// Power-on state.
     pub fn reset(&mut self) {
         *self = Self::default();
@@ -36,6 +43,13 @@ impl NmiStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nor_can_a_file() {
+        let mut port = NmiStatus::default();
+        port.restore(&NmiStatus { value: 0xff });
+        assert_eq!(port.value, WRITABLE | REFRESH_TOGGLE);
+    }
 
     #[test]
     fn a_guest_cannot_make_it_claim_a_bus_error() {

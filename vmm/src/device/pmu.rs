@@ -12,7 +12,7 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// `PerfEvtSel0` and `PerfCtr0`, the legacy registers: four of each.
 const K7_SELECT: u32 = 0xc001_0000;
@@ -46,10 +46,26 @@ const COUNT_MASK: u64 = (1 << 48) - 1;
 const ONE_A_TICK: u64 = 1 << 32;
 
 /// Which registers a model has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "UncheckedShape")]
 pub struct Shape {
     version: u8,
     counters: u8,
+}
+
+/// A shape that may be of a file.
+#[derive(Deserialize)]
+struct UncheckedShape {
+    version: u8,
+    counters: u8,
+}
+
+impl TryFrom<UncheckedShape> for Shape {
+    type Error = ShapeError;
+
+    fn try_from(UncheckedShape { version, counters }: UncheckedShape) -> Result<Self, ShapeError> {
+        Self::new(version, counters)
+    }
 }
 
 /// No AMD processor has such counters.
@@ -157,12 +173,21 @@ enum Register {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GeneralProtection;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Counter {
     select: u64,
     value: u64,
     /// What was counted of the next event, in units of 2^-32.
     fraction: u64,
+}
+
+/// What counters hold at the tick up to which everything is counted, as plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedPmu {
+    counters: [Counter; CORE_COUNTERS as usize],
+    global_status: u64,
+    global_control: u64,
+    interrupt: bool,
 }
 
 /// The counters of one processor.
@@ -191,6 +216,31 @@ impl Pmu {
             now: 0,
             interrupt: false,
         }
+    }
+
+    /// What the counters hold.
+    pub fn save(&self) -> SavedPmu {
+        let Self { counters, global_status, global_control, interrupt, .. } = *self;
+        SavedPmu { counters, global_status, global_control, interrupt }
+    }
+
+    /// Gives them what others of the same shape held; bits that no register has are dropped, as at a write. Time goes on at the
+    /// tick `now`, which belongs to another clock.
+    pub fn restore(&mut self, saved: &SavedPmu, now: u64) {
+        for (number, saved) in saved.counters.iter().take(self.shape.counters.into()).enumerate() {
+            self.set(Register::Select(number), saved.select);
+            self.set(Register::Count(number), saved.value);
+            self.counters[number].fraction = saved.fraction & (ONE_A_TICK - 1);
+        }
+        self.global_status = saved.global_status & self.shape.all();
+        self.set(Register::GlobalControl, saved.global_control);
+        self.interrupt = saved.interrupt;
+        self.skip_to(now);
+    }
+
+    /// Ticks up to `now` are not counted.
+    pub fn skip_to(&mut self, now: u64) {
+        self.now = now;
     }
 
     /// Counts up to the tick `now`. A clock that seems to go back counts nothing.

@@ -2,6 +2,7 @@
 //! one by which the agent says that it has nothing left to do but to be reset.
 
 use agent_protocol::GuestReset;
+use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Effect};
 
@@ -39,9 +40,18 @@ impl Device for I8042 {
 }
 
 /// The reset control register: bit 1 says how hard, a rising bit 2 does it (Intel ICH9 datasheet, section 13.7.5).
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ResetControl {
     value: u8,
+}
+
+impl ResetControl {
+    const WRITABLE: u8 = 0x0e;
+
+    /// Makes it what another one was.
+    pub fn restore(&mut self, saved: &Self) {
+        self.value = saved.value & Self::WRITABLE;
+    }
 }
 
 impl Device for ResetControl {
@@ -50,7 +60,7 @@ impl Device for ResetControl {
     }
 
     fn write(&mut self, _offset: u64, data: &[u8]) -> Effect {
-        let old = std::mem::replace(&mut self.value, data[0] & 0x0e);
+        let old = std::mem::replace(&mut self.value, data[0] & Self::WRITABLE);
         if !old & self.value & 0x04 != 0 {
             self.value = 0;
             return Effect::Reset(GuestReset::Cf9);

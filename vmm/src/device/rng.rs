@@ -10,7 +10,10 @@ use serde::Serialize;
 use super::virtio::bell::Bell;
 use super::virtio::chain::Direction;
 use super::virtio::ring::{BrokenRing, Ring};
-use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
+use super::virtio::{
+    Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, RestoreError, RingPosition,
+    SavedDevice, VirtioDevice,
+};
 use crate::memory::GuestRam;
 
 /// Device type (virtio 1.2, section 5).
@@ -175,6 +178,25 @@ impl VirtioDevice for Rng {
 
     fn needs_reset(&self) -> bool {
         self.needs_reset
+    }
+
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        vec![self.guest.as_ref().map(|guest| guest.ring.position())]
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Rng
+    }
+
+    fn restore(
+        &mut self,
+        _saved: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError> {
+        self.needs_reset = needs_reset;
+        driver.into_iter().for_each(|driver| self.activate(driver));
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -1,10 +1,11 @@
 //! What every virtio device offers its transport (virtio 1.2, section 2).
 
 pub mod audit;
-pub(in crate::device) mod bell;
+pub(crate) mod bell;
 pub(crate) mod chain;
 pub mod mmio;
 pub(crate) mod ring;
+mod saved;
 pub mod stale;
 #[cfg(test)]
 pub(in crate::device) mod testing;
@@ -18,6 +19,8 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::Queue;
+
+pub use saved::{RestoreError, RingPosition, SavedDevice, SavedMmio};
 
 use crate::memory::GuestRam;
 
@@ -107,6 +110,27 @@ pub trait VirtioDevice: Send {
     fn needs_reset(&self) -> bool {
         false
     }
+
+    /// Finishes what the device has taken of its queues and not answered, and takes nothing more. No vCPU runs.
+    fn settle(&mut self) {}
+
+    /// How far the device has come in each queue; `None` for those that it does not use.
+    fn positions(&self) -> Vec<Option<RingPosition>>;
+
+    /// What of the device is its own: all but features, queues and interrupts.
+    fn save(&self) -> SavedDevice;
+
+    /// Makes a device that no driver has used what another one was. `driver` is that of the other, with queues that have come as
+    /// far; none if no driver ran. `needs_reset` says that the other had met what only a reset can repair; then there is no driver.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    fn restore(
+        &mut self,
+        saved: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError>;
 
     /// Back to the state before the driver: queues forgotten, work in flight dropped, host peers told. Also called for a
     /// device that was never activated.

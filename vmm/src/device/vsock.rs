@@ -32,7 +32,10 @@ pub use self::stats::VsockStats;
 pub use self::unix::{Listener, MAX_LINE, SocketFile, VsockError, listen_on_host_port};
 use super::virtio::chain::{Chain, Direction};
 use super::virtio::ring::{BrokenRing, Ring};
-use super::virtio::{Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, VirtioDevice};
+use super::virtio::{
+    Driver, F_EVENT_IDX, F_IN_ORDER, Interrupt, RING_FEATURES, RestoreError, RingPosition,
+    SavedDevice, VirtioDevice,
+};
 use crate::memory::GuestRam;
 
 /// Device type (virtio 1.2, section 5).
@@ -66,6 +69,9 @@ enum Due {
     Nothing,
     /// Its connections are gone.
     Reset,
+    /// It was told so and has not taken note yet: it has posted no more than this on the queue for events. What it was sent
+    /// now would perhaps reach it before the event, and die of that.
+    Noting(u16),
 }
 
 /// The guest's side while its driver runs.
@@ -136,9 +142,14 @@ impl Vsock {
         self.serve();
         self.host.drop_connections();
         if let Some(guest) = &mut self.guest {
-            guest.due = Due::Reset;
+            guest.owe_reset();
         }
         self.serve();
+    }
+
+    /// The machine stood still for this long: nobody's time has run meanwhile.
+    pub fn prolong(&mut self, by: Duration) {
+        self.host.prolong(by);
     }
 
     /// Takes all connections out of the device, as if there were none, for [`Vsock::put_back_connections`].
@@ -204,11 +215,21 @@ impl Guest {
         }))
     }
 
+    /// From now on the guest is owed the event, if its driver wants events at all.
+    fn owe_reset(&mut self) {
+        if self.events.is_some() {
+            self.due = Due::Reset;
+        }
+    }
+
     /// Serves each queue once. True if there is more to do, so that other devices get their turn first.
     fn serve(&mut self, host: &mut Host) -> Result<bool, BrokenRing> {
         let told = self.tell_events(host)?;
         let to_host = self.drain(host)?;
-        let to_guest = self.fill(host)?;
+        let to_guest = match self.due {
+            Due::Nothing | Due::Reset => self.fill(host)?,
+            Due::Noting(_) => Pause::NoBuffers,
+        };
         let events = match &mut self.events {
             Some(events) => events.must_signal(&self.ram)?,
             None => false,
@@ -221,23 +242,37 @@ impl Guest {
         Ok([told, to_host, to_guest].contains(&Pause::Enough) || resume)
     }
 
-    /// Tells the guest what is due, if it has posted a buffer for it; otherwise it does so with its next one.
+    /// Tells the guest what is due, if it has posted a buffer for it; otherwise it does so with its next one. That the guest has
+    /// taken note shows by yet another.
     fn tell_events(&mut self, host: &mut Host) -> Result<Pause, BrokenRing> {
-        let Some(events) = self.events.as_mut().filter(|_| self.due == Due::Reset) else {
-            return Ok(Pause::Done);
-        };
+        let Some(events) = self.events.as_mut() else { return Ok(Pause::Done) };
+        match self.due {
+            Due::Nothing => return Ok(Pause::Done),
+            Due::Noting(posted) => {
+                if events.posted(&self.ram)? == posted && !events.listen(&self.ram)? {
+                    return Ok(Pause::NoBuffers);
+                }
+                if events.posted(&self.ram)? != posted {
+                    self.due = Due::Nothing;
+                }
+                return Ok(Pause::Done);
+            }
+            Due::Reset => {}
+        }
+        let posted = events.posted(&self.ram)?;
         if !events.take(&self.ram, TRANSPORT_RESET.len(), &mut host.stats.bad_chains)? {
             let came_meanwhile = events.listen(&self.ram)?;
             return Ok(if came_meanwhile { Pause::Enough } else { Pause::NoBuffers });
         }
-        // What was opened while the guest did not know is lost to it as well.
-        host.drop_connections();
+        // What it has opened while it did not know is lost to it as well.
+        host.drop_guest_connections();
         // The chain was checked for room and for being in RAM.
         if events.chain().write(&self.ram, &TRANSPORT_RESET).is_ok() {
             events.complete(&self.ram, TRANSPORT_RESET.len() as u32)?;
         }
-        self.due = Due::Nothing;
-        Ok(Pause::Done)
+        self.due = Due::Noting(posted);
+        events.listen(&self.ram)?;
+        Ok(Pause::NoBuffers)
     }
 
     /// Takes packets from the guest, at most a ring full of them.
@@ -352,6 +387,36 @@ impl VirtioDevice for Vsock {
 
     fn needs_reset(&self) -> bool {
         self.needs_reset
+    }
+
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        let guest = self.guest.as_ref();
+        let of = |ring: fn(&Guest) -> Option<&Ring>| guest.and_then(ring).map(Ring::position);
+        vec![
+            of(|guest| Some(&guest.to_guest)),
+            of(|guest| Some(&guest.to_host)),
+            of(|guest| guest.events.as_ref()),
+        ]
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Vsock { next_host_port: self.host.table.next_host_port() }
+    }
+
+    /// Connections do not come along: the guest is told that they are gone.
+    fn restore(
+        &mut self,
+        saved: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError> {
+        if let SavedDevice::Vsock { next_host_port } = saved {
+            self.host.table.continue_from(*next_host_port);
+        }
+        self.needs_reset = needs_reset;
+        driver.into_iter().for_each(|driver| self.activate(driver));
+        self.guest.iter_mut().for_each(Guest::owe_reset);
+        Ok(())
     }
 
     fn reset(&mut self) {

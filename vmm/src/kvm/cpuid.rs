@@ -85,6 +85,11 @@ pub fn supported(kvm: &Kvm, module: Module, policy: PmuPolicy) -> Result<Support
     Ok((cpuid, kind))
 }
 
+/// The frequency of the time stamp counter that a vCPU with this CPUID is told; 0 if it is told none.
+pub fn tsc_khz(cpuid: &CpuId) -> u32 {
+    Leaf::get(cpuid, TIMING, 0).eax
+}
+
 /// Removes the features of KVM's paravirtual registers: clocks, asynchronous page faults, stolen time, end of interrupt, polling
 /// (Linux `Documentation/virt/kvm/x86/cpuid.rst`).
 pub fn hide_pv_features(cpuid: &mut CpuId) {

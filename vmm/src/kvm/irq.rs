@@ -1,6 +1,6 @@
 //! Interrupts into the guest: an eventfd for each I/O APIC pin (`KVM_IRQFD`) and its route to a local APIC.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
@@ -33,9 +33,12 @@ impl IrqRouter {
         Self { vm, lines: Mutex::default() }
     }
 
-    fn deliver(&self, pin: usize, msi: Msi) -> Result<(), KvmError> {
+    fn lock(&self) -> MutexGuard<'_, Lines> {
         // A panic elsewhere cannot leave the arrays half-written.
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_route(&self, lines: &mut Lines, pin: usize, msi: Msi) -> Result<(), KvmError> {
         if lines.routes[pin] != Some(msi) {
             let mut routes = lines.routes;
             routes[pin] = Some(msi);
@@ -45,6 +48,12 @@ impl IrqRouter {
             self.vm.set_gsi_routing(&table).map_err(KvmError::request("set interrupt routes"))?;
             lines.routes = routes;
         }
+        Ok(())
+    }
+
+    fn deliver(&self, pin: usize, msi: Msi) -> Result<(), KvmError> {
+        let mut lines = self.lock();
+        self.set_route(&mut lines, pin, msi)?;
         if lines.fds[pin].is_none() {
             let fd = EventFd::new(EFD_NONBLOCK)
                 .map_err(|source| KvmError::Request { action: "create an eventfd", source })?;
@@ -63,6 +72,16 @@ impl MsiSink for IrqRouter {
         if let Err(error) = self.deliver(pin, msi) {
             // Lost interrupts make a guest hang; that is worth a word, and nothing else can be done here.
             eprintln!("cleanslate: interrupt on pin {pin} was not delivered: {error}");
+        }
+    }
+
+    /// KVM tells of ends of interrupts that it has a route for.
+    fn await_end(&self, pin: usize, msi: Msi) {
+        let mut lines = self.lock();
+        if let Err(error) = self.set_route(&mut lines, pin, msi) {
+            eprintln!(
+                "cleanslate: the end of an interrupt on pin {pin} will not be heard: {error}"
+            );
         }
     }
 }

@@ -4,7 +4,7 @@ use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::KvmError;
 use super::cpuid::{AMD_EXTENDED_FEATURES, Leaf, is_amd};
@@ -16,7 +16,7 @@ const AMD_PMU: u32 = 0x8000_0022;
 const AMD_ECX_PERFCTR_CORE: u32 = 1 << 23;
 
 /// `--pmu`: which performance counters a guest gets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum PmuPolicy {
     /// None: disabled in KVM where it can be, and absent from CPUID always.
@@ -161,10 +161,30 @@ pub fn show_amd(cpuid: &mut CpuId, core: bool, v2_counters: Option<u8>) -> Resul
 }
 
 /// Writes that bring every counter of a guest with this CPUID to its reset state, in an order in which no counter runs
-/// between two of them: globals off, selectors, counters, status, and the globals' reset value last. `faults` say which of
-/// them are left out.
+/// between two of them. `faults` say which of them are left out.
 pub fn reset_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
-    if is_amd(cpuid) { amd_sequence(cpuid, faults) } else { intel_sequence(cpuid, faults) }
+    let registers = Registers::of(cpuid, faults);
+    let global_control = registers.global_control.map(|(_, at_reset)| at_reset);
+    registers.sequence(|index| match registers.global_control {
+        Some((control, _)) if control == index => global_control,
+        _ => Some(0),
+    })
+}
+
+/// The registers that together are the counters' state in a guest with this CPUID.
+pub fn state_registers(cpuid: &CpuId) -> Vec<u32> {
+    let Registers { global_control, controls, counters, status } =
+        Registers::of(cpuid, &Faults::default());
+    let globals =
+        status.map(|(status, _)| status).into_iter().chain(global_control.map(|(c, _)| c));
+    controls.into_iter().chain(counters).chain(globals).collect()
+}
+
+/// Writes that give the counters of a guest with this CPUID these `values`, by register number, in an order in which none of them
+/// runs before all have theirs. Registers without a value are left alone.
+pub fn restore_sequence(cpuid: &CpuId, values: &[(u32, u64)]) -> Vec<(u32, u64)> {
+    let value = |index| values.iter().find(|(of, _)| *of == index).map(|(_, value)| *value);
+    Registers::of(cpuid, &Faults::default()).sequence(value)
 }
 
 /// Refuses faults of which a guest with this CPUID could show nothing.
@@ -190,84 +210,115 @@ pub fn check_faults(cpuid: &CpuId, faults: &Faults) -> Result<(), FaultError> {
     Ok(())
 }
 
-/// AMD64 Architecture Programmer's Manual volume 2, section 13.2.
-fn amd_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
-    const K7_SELECTOR: u32 = 0xc001_0000;
-    const K7_COUNTER: u32 = 0xc001_0004;
-    const K7_COUNT: u32 = 4;
-    const CORE_SELECTOR: u32 = 0xc001_0200;
-    const GLOBAL_STATUS: u32 = 0xc000_0300;
-    const GLOBAL_CONTROL: u32 = 0xc000_0301;
-    const GLOBAL_STATUS_CLEAR: u32 = 0xc000_0302;
-
-    let core = Leaf::get(cpuid, AMD_EXTENDED_FEATURES, 0).ecx & AMD_ECX_PERFCTR_CORE != 0;
-    let v2 = Leaf::get(cpuid, AMD_PMU, 0);
-    let has_v2 = v2.eax & 1 != 0;
-    let count = match (has_v2, core) {
-        (true, _) => v2.ebx & 0xf,
-        (false, true) => 6,
-        (false, false) => K7_COUNT,
-    };
-    // The legacy registers are aliases of the first core ones: one set is enough, and the smaller always exists.
-    let (selector, counter, step, cleared) = match core && !faults.has(Fault::PmuK7Only) {
-        true => (CORE_SELECTOR, CORE_SELECTOR + 1, 2, count),
-        false => (K7_SELECTOR, K7_COUNTER, 1, count.min(K7_COUNT)),
-    };
-    let cleared = if faults.has(Fault::PmuNotReset) { 0 } else { cleared };
-    let globals = has_v2 && !faults.has(Fault::GlobalsLeft);
-    let mut writes = Vec::new();
-    if globals {
-        writes.push((GLOBAL_CONTROL, 0));
-    }
-    writes.extend((0..cleared).map(|i| (selector + step * i, 0)));
-    writes.extend((0..cleared).map(|i| (counter + step * i, 0)));
-    if globals {
-        writes.extend([(GLOBAL_STATUS, 0), (GLOBAL_STATUS_CLEAR, 0)]);
-        writes.push((GLOBAL_CONTROL, (1 << count) - 1));
-    }
-    writes
+/// The registers of a guest's counters, by what they are to each other.
+#[derive(Default)]
+struct Registers {
+    /// Lets counters run at all, and its value after a reset.
+    global_control: Option<(u32, u64)>,
+    /// Let a counter run, and say what it counts.
+    controls: Vec<u32>,
+    counters: Vec<u32>,
+    /// Says which have overflowed, and beside it the register that takes such words back.
+    status: Option<(u32, u32)>,
 }
 
-/// Intel SDM volume 3, chapter "Performance Monitoring".
-fn intel_sequence(cpuid: &CpuId, faults: &Faults) -> Vec<(u32, u64)> {
-    const COUNTER: u32 = 0xc1;
-    const SELECTOR: u32 = 0x186;
-    const FIXED_COUNTER: u32 = 0x309;
-    const FIXED_CONTROL: u32 = 0x38d;
-    const GLOBAL_STATUS: u32 = 0x38e;
-    const GLOBAL_CONTROL: u32 = 0x38f;
-    const GLOBAL_OVERFLOW_CONTROL: u32 = 0x390;
-    const DEBUG_STORE: u32 = 1 << 21;
+impl Registers {
+    fn of(cpuid: &CpuId, faults: &Faults) -> Self {
+        if is_amd(cpuid) { Self::amd(cpuid, faults) } else { Self::intel(cpuid, faults) }
+    }
 
-    let leaf = Leaf::get(cpuid, 0xa, 0);
-    let (version, count) = (leaf.eax & 0xff, leaf.eax >> 8 & 0xff);
-    if version == 0 {
-        return Vec::new();
-    }
-    let fixed = if version >= 2 { leaf.edx & 0x1f } else { 0 };
-    let clears = !faults.has(Fault::PmuNotReset);
-    let globals = version >= 2 && !faults.has(Fault::GlobalsLeft);
-    let mut writes = Vec::new();
-    if globals {
-        writes.push((GLOBAL_CONTROL, 0));
-    }
-    if clears {
-        if version >= 2 {
-            writes.push((FIXED_CONTROL, 0));
+    /// Everything off, globals first; then counters, then what they count, then which have overflowed; globals last.
+    fn sequence(&self, value: impl Fn(u32) -> Option<u64>) -> Vec<(u32, u64)> {
+        let is_there = |index: &u32| value(*index).is_some();
+        let known = |index: u32| Some((index, value(index)?));
+        let control = self.global_control.map(|(control, _)| control);
+        let off = control.into_iter().chain(self.controls.iter().copied());
+        let mut writes: Vec<_> = off.filter(is_there).map(|index| (index, 0)).collect();
+        writes.extend(self.counters.iter().copied().filter_map(known));
+        // Those that stay off have been written.
+        writes.extend(
+            self.controls.iter().copied().filter_map(known).filter(|(_, value)| *value != 0),
+        );
+        if let Some((status, clear)) = self.status
+            && let Some(write) = known(status)
+        {
+            writes.extend([write, (clear, 0)]);
         }
-        writes.extend((0..count).map(|i| (SELECTOR + i, 0)));
-        writes.extend((0..count).map(|i| (COUNTER + i, 0)));
-        writes.extend((0..fixed).map(|i| (FIXED_COUNTER + i, 0)));
-        if Leaf::get(cpuid, 1, 0).edx & DEBUG_STORE != 0 {
-            // PEBS_ENABLE and DS_AREA.
-            writes.extend([(0x3f1, 0), (0x600, 0)]);
+        writes.extend(control.and_then(known));
+        writes
+    }
+
+    /// AMD64 Architecture Programmer's Manual volume 2, section 13.2.
+    fn amd(cpuid: &CpuId, faults: &Faults) -> Self {
+        const K7_SELECTOR: u32 = 0xc001_0000;
+        const K7_COUNTER: u32 = 0xc001_0004;
+        const K7_COUNT: u32 = 4;
+        const CORE_SELECTOR: u32 = 0xc001_0200;
+        const GLOBAL_STATUS: u32 = 0xc000_0300;
+        const GLOBAL_CONTROL: u32 = 0xc000_0301;
+        const GLOBAL_STATUS_CLEAR: u32 = 0xc000_0302;
+
+        let core = Leaf::get(cpuid, AMD_EXTENDED_FEATURES, 0).ecx & AMD_ECX_PERFCTR_CORE != 0;
+        let v2 = Leaf::get(cpuid, AMD_PMU, 0);
+        let has_v2 = v2.eax & 1 != 0;
+        let count = match (has_v2, core) {
+            (true, _) => v2.ebx & 0xf,
+            (false, true) => 6,
+            (false, false) => K7_COUNT,
+        };
+        // The legacy registers are aliases of the first core ones: one set is enough, and the smaller always exists.
+        let (selector, counter, step, cleared) = match core && !faults.has(Fault::PmuK7Only) {
+            true => (CORE_SELECTOR, CORE_SELECTOR + 1, 2, count),
+            false => (K7_SELECTOR, K7_COUNTER, 1, count.min(K7_COUNT)),
+        };
+        let cleared = if faults.has(Fault::PmuNotReset) { 0 } else { cleared };
+        let globals = has_v2 && !faults.has(Fault::GlobalsLeft);
+        Self {
+            global_control: globals.then_some((GLOBAL_CONTROL, (1 << count) - 1)),
+            controls: (0..cleared).map(|i| selector + step * i).collect(),
+            counters: (0..cleared).map(|i| counter + step * i).collect(),
+            status: globals.then_some((GLOBAL_STATUS, GLOBAL_STATUS_CLEAR)),
         }
     }
-    if globals {
-        writes.extend([(GLOBAL_STATUS, 0), (GLOBAL_OVERFLOW_CONTROL, 0)]);
-        writes.push((GLOBAL_CONTROL, (1 << count) - 1));
+
+    /// Intel SDM volume 3, chapter "Performance Monitoring".
+    fn intel(cpuid: &CpuId, faults: &Faults) -> Self {
+        const COUNTER: u32 = 0xc1;
+        const SELECTOR: u32 = 0x186;
+        const FIXED_COUNTER: u32 = 0x309;
+        const FIXED_CONTROL: u32 = 0x38d;
+        const GLOBAL_STATUS: u32 = 0x38e;
+        const GLOBAL_CONTROL: u32 = 0x38f;
+        const GLOBAL_OVERFLOW_CONTROL: u32 = 0x390;
+        const PEBS_ENABLE: u32 = 0x3f1;
+        const DS_AREA: u32 = 0x600;
+        const DEBUG_STORE: u32 = 1 << 21;
+
+        let leaf = Leaf::get(cpuid, 0xa, 0);
+        let (version, count) = (leaf.eax & 0xff, leaf.eax >> 8 & 0xff);
+        if version == 0 {
+            return Self::default();
+        }
+        let fixed = if version >= 2 { leaf.edx & 0x1f } else { 0 };
+        let globals = version >= 2 && !faults.has(Fault::GlobalsLeft);
+        let (mut controls, mut counters) = (Vec::new(), Vec::new());
+        if !faults.has(Fault::PmuNotReset) {
+            controls.extend((version >= 2).then_some(FIXED_CONTROL));
+            controls.extend((0..count).map(|i| SELECTOR + i));
+            counters.extend((0..count).map(|i| COUNTER + i));
+            counters.extend((0..fixed).map(|i| FIXED_COUNTER + i));
+            if Leaf::get(cpuid, 1, 0).edx & DEBUG_STORE != 0 {
+                controls.push(PEBS_ENABLE);
+                counters.push(DS_AREA);
+            }
+        }
+        Self {
+            global_control: globals.then_some((GLOBAL_CONTROL, (1 << count) - 1)),
+            controls,
+            counters,
+            status: globals.then_some((GLOBAL_STATUS, GLOBAL_OVERFLOW_CONTROL)),
+        }
     }
-    writes
 }
 
 /// True for every register that [`reset_sequence`] may write, and for those that only show the same state once more: the

@@ -1,15 +1,19 @@
-//! What a vCPU is at power-on, captured once and put back whole by every reset.
+//! What a vCPU is: at power-on, captured once and put back whole by every reset; and at any moment, for snapshots
+//! ([`VcpuState`]).
 //!
-//! The order of the restore matters and is explained at [`PowerOnState::restore`]; the list of what it covers is the
+//! The order in which it is put back matters and is explained at [`Registers::put_back`]; the list of what it covers is the
 //! project's `facts`: registers, extended state, debug registers, events, local APIC, MSRs, PV registers, PMU.
 
-use std::ops::RangeInclusive;
+mod moment;
+mod msrs;
+mod plain;
+mod registers;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_SMM, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM,
-    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -17,96 +21,22 @@ use super::KvmError;
 use super::pmu::{self, PmuAbsence};
 use super::tsc::TscOffset;
 use crate::fault::{Fault, Faults};
-
-/// Set back by its offset; see `tsc`.
-const MSR_TSC: u32 = 0x10;
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// Zero leaves VMX operation; see [`PowerOnState::restore`].
-const MSR_FEATURE_CONTROL: u32 = 0x3a;
-/// How many machine check banks there are, and of what kind.
-const MSR_MCG_CAP: u32 = 0x179;
-/// The last branch and the last exception, read-only to guests. Some versions of KVM list them and yet take no write, so
-/// what cannot be put back there is no error: four addresses, which no reset of a processor promises to clear.
-const LAST_BRANCH_MSRS: RangeInclusive<u32> = 0x1db..=0x1de;
-/// Registers by which a guest tells KVM to write into its RAM, with the value that stops it (Linux
-/// `Documentation/virt/kvm/x86/msr.rst`): wall clock, system time (old and new numbers), async page faults, steal time,
-/// PV EOI, and their companions. `POLL_CONTROL` starts at 1.
-pub const PV_MSRS: [(u32, u64); 10] = [
-    (0x12, 0),
-    (0x11, 0),
-    (0x4b56_4d01, 0),
-    (0x4b56_4d00, 0),
-    (0x4b56_4d02, 0),
-    (0x4b56_4d03, 0),
-    (0x4b56_4d04, 0),
-    (0x4b56_4d05, 1),
-    (0x4b56_4d06, 0),
-    (0x4b56_4d07, 0),
-];
-
-/// MSRs that a guest may write and that KVM's own list leaves out, always or on some hosts: memory type ranges, machine
-/// check banks (Intel SDM volume 3, section "Machine-Check MSRs"), and a few. Those that not every host has come last: after
-/// one that KVM refuses, the rest is asked for once more.
-fn unlisted_msrs(mcg_cap: u64) -> impl Iterator<Item = u32> {
-    const DEFAULT_TYPE: u32 = 0x2ff;
-    const DEBUG_CONTROL: u32 = 0x1d9;
-    const TSC_AUX: u32 = 0xc000_0103;
-    /// AMD's "OS visible workarounds", which KVM lets a guest write.
-    const OSVW_LENGTH: u32 = 0xc001_0140;
-    const OSVW_STATUS: u32 = 0xc001_0141;
-    const MCG_CAP_CMCI: u64 = 1 << 10;
-    /// Control, status, address and miscellaneous of each bank.
-    const BANK_0: u32 = 0x400;
-    const BANK_0_CTL2: u32 = 0x280;
-    /// KVM's limit, and the architecture's room for `CTL2`.
-    const MOST_BANKS: u32 = 32;
-    let banks = (mcg_cap as u32 & 0xff).min(MOST_BANKS);
-    let ctl2s = if mcg_cap & MCG_CAP_CMCI != 0 { banks } else { 0 };
-    [DEFAULT_TYPE]
-        .into_iter()
-        .chain(0x200..=0x20f)
-        .chain([0x250, 0x258, 0x259])
-        .chain(0x268..=0x26f)
-        .chain(BANK_0..BANK_0 + 4 * banks)
-        .chain(BANK_0_CTL2..BANK_0_CTL2 + ctl2s)
-        .chain([DEBUG_CONTROL, TSC_AUX, OSVW_LENGTH, OSVW_STATUS])
-}
-
-/// Counters that run by themselves: time stamps, and Hyper-V's run time and reference time. No value of theirs can be put
-/// back by writing it.
-fn is_clock(index: u32) -> bool {
-    const HV_VP_RUNTIME: u32 = 0x4000_0010;
-    const HV_TIME_REF_COUNT: u32 = 0x4000_0020;
-    matches!(index, MSR_TSC | HV_VP_RUNTIME | HV_TIME_REF_COUNT)
-}
-
-/// Everything that is put back as it was read: what KVM lists and what it does not, without what has a step of its own.
-fn generic_msrs(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
-    let is_generic = |index: &u32| {
-        !is_clock(*index)
-            && *index != MSR_TSC_DEADLINE
-            && !pmu::is_pmu_msr(*index)
-            && !PV_MSRS.iter().any(|(pv, _)| pv == index)
-    };
-    let unlisted = unlisted_msrs(mcg_cap).filter(|index| !listed.contains(index));
-    listed.iter().copied().chain(unlisted).filter(is_generic).collect()
-}
+pub use moment::{StateError, VcpuState};
+pub use msrs::PV_MSRS;
+use msrs::{MSR_FEATURE_CONTROL, MSR_MCG_CAP, entry, generic_msrs, read_msrs, write_msrs};
+use registers::{Registers, Surroundings};
 
 /// A vCPU as it is before its first instruction.
 pub struct PowerOnState {
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    xsave: Box<kvm_xsave>,
-    xcrs: kvm_xcrs,
-    debug_regs: kvm_debugregs,
-    lapic: kvm_lapic_state,
-    mp_state: kvm_mp_state,
-    events: kvm_vcpu_events,
-    pv: Vec<kvm_msr_entry>,
+    registers: Registers,
+    /// Takes a guest out of VMX operation.
     leave_vmx: Vec<kvm_msr_entry>,
-    msrs: Vec<kvm_msr_entry>,
-    deadline: Vec<kvm_msr_entry>,
+    /// Has KVM forget where in RAM it writes.
+    pv: Vec<kvm_msr_entry>,
+    /// Stops the counters and clears them.
     pmu: Vec<kvm_msr_entry>,
+    /// The registers of counters that there are.
+    counters: Vec<u32>,
     /// What a restore leaves out.
     faults: Faults,
 }
@@ -130,26 +60,18 @@ impl PowerOnState {
         let has_feature_control = msrs.iter().any(|msr| msr.index == MSR_FEATURE_CONTROL);
         let offered = |(index, _): &&(u32, u64)| listed.contains(index);
         // The first life starts as every later one should: KVM before Linux 6.12 leaves the global enables at zero.
-        write_msrs(vcpu, &pmu_writes(vcpu, cpuid, pmu_absence, &Faults::default())?)?;
+        let clears = pmu_writes(vcpu, cpuid, pmu_absence, &Faults::default())?;
+        write_msrs(vcpu, &clears)?;
+        let is_there = |index: &u32| clears.iter().any(|msr| msr.index == *index);
         Ok(Self {
-            regs: vcpu.get_regs().map_err(KvmError::request("get the registers"))?,
-            sregs: vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?,
-            xsave: Box::new(vcpu.get_xsave().map_err(KvmError::request("get the extended state"))?),
-            xcrs: vcpu.get_xcrs().map_err(KvmError::request("get XCR0"))?,
-            debug_regs: vcpu
-                .get_debug_regs()
-                .map_err(KvmError::request("get the debug registers"))?,
-            lapic: vcpu.get_lapic().map_err(KvmError::request("get the local APIC"))?,
-            mp_state: vcpu.get_mp_state().map_err(KvmError::request("get the run state"))?,
-            events: no_events(kvm),
-            pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
+            registers: Registers { msrs, events: no_events(kvm), ..Registers::get(vcpu)? },
             leave_vmx: has_feature_control
                 .then(|| entry(&(MSR_FEATURE_CONTROL, 0)))
                 .into_iter()
                 .collect(),
-            msrs,
-            deadline: vec![entry(&(MSR_TSC_DEADLINE, 0))],
+            pv: PV_MSRS.iter().filter(offered).map(entry).collect(),
             pmu: pmu_writes(vcpu, cpuid, pmu_absence, faults)?,
+            counters: pmu::state_registers(cpuid).into_iter().filter(is_there).collect(),
             faults: faults.clone(),
         })
     }
@@ -168,51 +90,40 @@ impl PowerOnState {
         // KVM refuses to clear CR4.VMXE of a guest in VMX operation; a zero here takes it out, and its own guest with it.
         // The value at power-on comes with the other MSRs.
         write_msrs(vcpu, &self.leave_vmx)?;
-        // System registers carry the APIC base: before the APIC, whose registers depend on its mode. Clearing EFER.SVME
-        // leaves a nested guest of AMD's kind.
+        self.registers.put_back(
+            vcpu,
+            &Surroundings {
+                tsc,
+                nested: None,
+                pmu: &self.pmu,
+                left_out: &self.faults,
+                instead: self.instead(vcpu)?,
+            },
+        )
+    }
+
+    /// What is put back in the place of registers of which faults leave some as they are.
+    fn instead(
+        &self,
+        vcpu: &VcpuFd,
+    ) -> Result<Option<(kvm_regs, kvm_sregs, kvm_lapic_state)>, KvmError> {
+        let has = |fault| self.faults.has(fault);
+        let Registers { regs, sregs, lapic, .. } = &self.registers;
+        let partly = [Fault::LapicTimerLeft, Fault::LapicKept, Fault::RegistersKept];
+        if !partly.into_iter().any(has) {
+            return Ok(None);
+        }
         // Before CR8, which comes with the system registers, changes the priority.
-        let lapic = match does(Fault::LapicTimerLeft) && does(Fault::LapicKept) {
-            true => self.lapic,
-            false => lapic_left(vcpu, self.lapic, &self.faults)?,
+        let lapic = lapic_left(vcpu, *lapic, &self.faults)?;
+        let (regs, mut sregs) = match has(Fault::RegistersKept) {
+            true => registers_kept(vcpu, (*regs, *sregs))?,
+            false => (*regs, *sregs),
         };
-        let (regs, mut sregs) = match self.faults.has(Fault::RegistersKept) {
-            true => registers_kept(vcpu, (self.regs, self.sregs))?,
-            false => (self.regs, self.sregs),
-        };
-        if self.faults.has(Fault::LapicKept) {
+        if has(Fault::LapicKept) {
             let left = vcpu.get_sregs().map_err(KvmError::request("get the system registers"))?;
             sregs.apic_base = left.apic_base;
         }
-        vcpu.set_sregs(&sregs).map_err(KvmError::request("put back the system registers"))?;
-        vcpu.set_lapic(&lapic).map_err(KvmError::request("put back the local APIC"))?;
-        if does(Fault::FpuKept) {
-            // SAFETY: the buffer came from `get_xsave` of a vCPU with the same CPUID, and no dynamic feature (AMX) is
-            // enabled for this process, so the state is no longer than the structure.
-            unsafe { vcpu.set_xsave(&self.xsave) }
-                .map_err(KvmError::request("put back the extended state"))?;
-            // A processor without XSAVE has none, and KVM then refuses to be given none.
-            if self.xcrs.nr_xcrs > 0 {
-                vcpu.set_xcrs(&self.xcrs).map_err(KvmError::request("put back XCR0"))?;
-            }
-        }
-        if does(Fault::DebugregsKept) {
-            vcpu.set_debug_regs(&self.debug_regs)
-                .map_err(KvmError::request("put back the debug registers"))?;
-        }
-        if does(Fault::MsrsKept) {
-            write_msrs(vcpu, &self.msrs)?;
-        }
-        // The deadline needs the APIC's timer mode, so after the APIC.
-        tsc.apply(vcpu)?;
-        write_msrs(vcpu, &self.deadline)?;
-        write_msrs(vcpu, &self.pmu)?;
-        // General registers drop pending exceptions, events drop the rest: queued NMIs, interrupts, system management.
-        vcpu.set_regs(&regs).map_err(KvmError::request("put back the registers"))?;
-        if does(Fault::NmiQueued) {
-            vcpu.set_vcpu_events(&self.events)
-                .map_err(KvmError::request("cancel queued events"))?;
-        }
-        vcpu.set_mp_state(self.mp_state).map_err(KvmError::request("put back the run state"))
+        Ok(Some((regs, sregs, lapic)))
     }
 }
 
@@ -286,10 +197,6 @@ pub fn clears_hwcr(kvm: &Kvm) -> Result<bool, KvmError> {
     Ok(read_msrs(&vcpu, &[HWCR])?.first().is_none_or(|msr| msr.data == 0))
 }
 
-fn entry(&(index, data): &(u32, u64)) -> kvm_msr_entry {
-    kvm_msr_entry { index, data, ..Default::default() }
-}
-
 /// The writes that stop and clear what counters the guest may have started. Registers that KVM does not let even the host
 /// read are not there for the guest either.
 fn pmu_writes(
@@ -322,42 +229,6 @@ fn no_events(kvm: &Kvm) -> kvm_vcpu_events {
         flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
     }
     kvm_vcpu_events { flags, ..Default::default() }
-}
-
-/// Reads what can be read of `indices`. KVM stops at the first register that it refuses; that one is left out.
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    let mut values = Vec::with_capacity(indices.len());
-    let mut rest = indices;
-    while !rest.is_empty() {
-        let wanted: Vec<_> = rest.iter().map(|index| entry(&(*index, 0))).collect();
-        let mut msrs = Msrs::from_entries(&wanted)
-            .map_err(|_| KvmError::Capability("room for all MSRs in one request"))?;
-        let count = vcpu.get_msrs(&mut msrs).map_err(KvmError::request("get the MSRs"))?;
-        values.extend_from_slice(&msrs.as_slice()[..count]);
-        rest = rest.get(count + 1..).unwrap_or_default();
-    }
-    Ok(values)
-}
-
-/// Writes all `entries`. A register that KVM does not let anybody write is no error while it still has the value wanted,
-/// or is one of [`LAST_BRANCH_MSRS`].
-fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
-    let mut rest = entries;
-    while !rest.is_empty() {
-        let msrs = Msrs::from_entries(rest)
-            .map_err(|_| KvmError::Capability("room for all MSRs in one request"))?;
-        let count = vcpu.set_msrs(&msrs).map_err(KvmError::request("put back the MSRs"))?;
-        if let Some(refused) = rest.get(count)
-            && !LAST_BRANCH_MSRS.contains(&refused.index)
-        {
-            let now = read_msrs(vcpu, &[refused.index])?;
-            if now.first().is_none_or(|now| now.data != refused.data) {
-                return Err(KvmError::Msr { index: refused.index, value: refused.data });
-            }
-        }
-        rest = rest.get(count + 1..).unwrap_or_default();
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -37,14 +37,29 @@ impl TscOffset {
             Msrs::from_entries(&[kvm_msr_entry { index: MSR_TSC, ..Default::default() }])
                 .map_err(|_| KvmError::Capability("room for one MSR"))?;
         vcpu.get_msrs(&mut msrs).map_err(KvmError::request("get the time stamp counter"))?;
-        let mut offset = 0;
-        attribute(
-            vcpu,
-            KVM_GET_DEVICE_ATTR(),
-            &mut offset,
-            "get the offset of the time stamp counter",
-        )?;
+        let Self(offset) = Self::of(vcpu)?;
         Ok(Self(offset.wrapping_sub(msrs.as_slice()[0].data)))
+    }
+
+    /// The offset of `vcpu`.
+    ///
+    /// # Errors
+    /// [`KvmError`] naming the request.
+    pub fn of(vcpu: &VcpuFd) -> Result<Self, KvmError> {
+        let mut offset = 0;
+        let action = "get the offset of the time stamp counter";
+        attribute(vcpu, KVM_GET_DEVICE_ATTR(), &mut offset, action)?;
+        Ok(Self(offset))
+    }
+
+    /// What a counter with this offset shows when one with the offset `zero` shows 0.
+    pub fn since(self, zero: Self) -> u64 {
+        self.0.wrapping_sub(zero.0)
+    }
+
+    /// The offset of a counter that shows `ticks` when one with this offset shows 0.
+    pub fn plus(self, ticks: u64) -> Self {
+        Self(self.0.wrapping_add(ticks))
     }
 
     /// Gives `vcpu` this offset.

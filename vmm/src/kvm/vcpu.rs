@@ -17,7 +17,8 @@ use super::KvmError;
 use super::coalesced::CoalescedWrites;
 use super::msr_exits::{MsrRead, MsrWrite};
 use super::pmu::PmuAbsence;
-use super::state::PowerOnState;
+use super::state::{PowerOnState, StateError, VcpuState};
+use super::template::MsrChange;
 use super::tsc::TscOffset;
 use super::unhalted::UnhaltedClock;
 use crate::fault::Faults;
@@ -150,6 +151,14 @@ impl Vcpu {
         Ok(Self { fd, cpuid, id, run_page: Arc::new(run_page) })
     }
 
+    /// Makes the changes of MSRs that a user wants. Comes before [`Vcpu::power_on`], so that each reset makes them too.
+    ///
+    /// # Errors
+    /// [`TemplateError`](super::template::TemplateError), as a [`KvmError`].
+    pub fn change_msrs(&self, changes: &[MsrChange]) -> Result<(), KvmError> {
+        changes.iter().try_for_each(|change| change.make(&self.fd))
+    }
+
     /// Gives the vCPU its registers for the first instruction and captures the result, for resets that leave out what `faults`
     /// say. The first vCPU starts at `entry`,
     /// the others wait to be started by it.
@@ -195,6 +204,33 @@ impl Vcpu {
     /// See [`PowerOnState::restore`].
     pub fn reset(&self, state: &PowerOnState, tsc: TscOffset) -> Result<(), KvmError> {
         state.restore(&self.fd, tsc)
+    }
+
+    /// What a parked vCPU is now, on a clock that is at zero with the offset `zero`; see [`VcpuState::capture`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn capture(&self, power_on: &PowerOnState, zero: TscOffset) -> Result<VcpuState, KvmError> {
+        VcpuState::capture(&self.fd, &self.cpuid, power_on, zero)
+    }
+
+    /// Makes this vCPU, which has not run, what another one was; see [`VcpuState::restore`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn restore(
+        &self,
+        state: &VcpuState,
+        power_on: &PowerOnState,
+        zero: TscOffset,
+    ) -> Result<(), StateError> {
+        state.restore(&self.fd, &self.cpuid, power_on, zero)
+    }
+
+    /// Tells a guest that reads KVM's clock that it was paused, so that its watchdogs forgive the time. Others need not know, and
+    /// KVM refuses then.
+    pub fn note_pause(&self) {
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Runs the guest until it needs something.

@@ -4,8 +4,8 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT, kvm_clock_data, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -15,10 +15,10 @@ use super::host::{KvmKind, Module};
 use super::irq::IrqRouter;
 use super::pmu::{self, PmuAbsence, PmuPolicy};
 use super::vcpu::Vcpu;
-use super::{KvmError, cpuid, msr_exits};
+use super::{KvmError, cpuid, dirty_log, msr_exits};
 use crate::device::ioapic::PINS;
 use crate::layout;
-use crate::memory::Memory;
+use crate::memory::{Memory, PageSet};
 
 /// A machine. Created with its memory and a split interrupt controller: local APICs in the kernel, the I/O APIC outside.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl Vm {
         for (slot, range) in memory.ranges().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags: if memory.tracks_writes() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: range.guest,
                 memory_size: range.bytes,
                 userspace_addr: range.host,
@@ -141,14 +141,36 @@ impl Vm {
         Ok(Some(Arc::new(writes)))
     }
 
-    /// Sets the machine's paravirtual clock to zero, as at power-on.
+    /// Which pages of `memory`, which it was created with, were written since it was asked last: by the guest, by KVM, by devices, or
+    /// by a reset. Nobody writes meanwhile: vCPUs are parked, and devices have no request in the middle. `None` if `memory` does not
+    /// note what is written.
     ///
     /// # Errors
     /// [`KvmError::Request`].
-    pub fn reset_clock(&self) -> Result<(), KvmError> {
+    pub fn take_dirty(&self, memory: &Memory) -> Result<Option<PageSet>, KvmError> {
+        match memory.tracks_writes() {
+            true => dirty_log::take(&self.fd, memory).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// The machine's paravirtual clock, in nanoseconds.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn clock_ns(&self) -> Result<u64, KvmError> {
+        let clock = self.fd.get_clock().map_err(KvmError::request("get the paravirtual clock"))?;
+        Ok(clock.clock)
+    }
+
+    /// Sets it; at power-on it is at 0.
+    ///
+    /// # Errors
+    /// [`KvmError::Request`].
+    pub fn set_clock_ns(&self, clock: u64) -> Result<(), KvmError> {
         self.fd
-            .set_clock(&kvm_clock_data::default())
-            .map_err(KvmError::request("reset the paravirtual clock"))
+            .set_clock(&kvm_clock_data { clock, ..Default::default() })
+            .map_err(KvmError::request("set the paravirtual clock"))
     }
 }
 

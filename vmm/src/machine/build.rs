@@ -15,8 +15,8 @@ use super::resources::Origin;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
-    Config, Devices, GUEST_CID, Handle, Host, Interrupts, Machine, MachineError, Message,
-    Resources, VirtioDevices,
+    Config, Devices, Handle, Host, Interrupts, Machine, MachineError, Message, Resources,
+    VirtioDevices,
 };
 use crate::boot::{self, Image, Payload};
 use crate::bus::{Bus, lock};
@@ -28,16 +28,18 @@ use crate::device::nmi_status::NmiStatus;
 use crate::device::reset_ports::{AcpiPorts, I8042, ResetControl, RestPort};
 use crate::device::rng::Rng;
 use crate::device::virtio::audit::{AuditMode, DmaAudit};
+use crate::device::virtio::bell::Bell;
 use crate::device::virtio::mmio::WRITES_THAT_CAN_WAIT;
-use crate::device::vsock::{GuestCid, Listener, Vsock};
+use crate::device::vsock::{Listener, Vsock};
 use crate::kvm::host::{HostInfo, KvmKind, Module};
+use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{Kvm, cpuid};
+use crate::kvm::{CpuId, Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
-use crate::memory::{Memory, Template};
+use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
 /// configuration asks for seccomp filters, the calling thread has its own from here on, as all others have theirs, and
@@ -50,7 +52,11 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, origin, listener, disks, supported } = resources;
+    let Resources { kvm, module, origin, listener, disks, snapshot, supported, .. } = resources;
+    let restore = config.restore.as_ref().zip(snapshot);
+    if let Some((restore, snapshot)) = &restore {
+        restore.check(config, snapshot.bytes())?;
+    }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
     config.check_command_line()?;
@@ -62,24 +68,25 @@ pub fn launch(
         None => cpuid::supported(&kvm, module, config.pmu)?,
     };
     config.check_kvm(kind)?;
+    config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
+    let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
         let shape = config.pmu_shape;
         let globals = shape.has_globals().then_some(shape.counters());
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
+    config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
-    let (template, entry) = match origin {
-        Origin::Image(image) => template(config, image, vcpu_count)?,
-        Origin::Template(template, entry) => (template, entry),
-    };
-    let (vm, memory) = build_vm(config, &template, &kvm, (module, kind))?;
+    let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
+    let Built { vm, memory, entry, boot } =
+        build_vm(config, (origin, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
 
     let (outbox, inbox) = channel();
-    let wake = Arc::new(eventfd()?);
+    let wake = Arc::new(Bell::new().map_err(MachineError::host("create an eventfd"))?);
     let mut event_loop = EventLoop::new()?;
     let devices = build_devices(config, (listener, disks), &vm, &memory, &mut event_loop)?;
     let mut surroundings = Surroundings {
@@ -100,6 +107,7 @@ pub fn launch(
             });
             surroundings.coalesced = vm.coalesce_writes(&vcpu, ranges)?;
         }
+        vcpu.change_msrs(&config.cpu_template.msrs)?;
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
         let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
@@ -113,20 +121,38 @@ pub fn launch(
         clears_hwcr: !config.looks_first || state::clears_hwcr(&kvm)?,
     };
     let (events_out, events) = events(config.rings)?;
-    let machine = Machine {
+    let first = vcpus.first().map(|(thread, _)| thread.vcpu());
+    identity.tsc_khz = first.map_or(0, |vcpu| cpuid::tsc_khz(vcpu.cpuid()));
+    let mut machine = Machine {
         vcpus,
         devices,
         vm,
         memory,
         config: config.clone(),
+        boot,
+        parent: restore.as_ref().map(|(restore, _)| restore.header.id),
         life: 1,
+        cause: Cause::PowerOn,
+        identity,
+        paused: None,
         rested: false,
         inbox,
         kept: VecDeque::new(),
         wake: Arc::clone(&wake),
         events: events_out,
     };
+    if let Some((restore, _)) = restore {
+        restore.header.check_host(&machine.identity)?;
+        machine.restore(&restore.state)?;
+    }
     start(machine, (event_loop, thread), interrupts, outbox, events, host)
+}
+
+/// What this host is to a guest: performance counters are a matter of the configuration.
+fn host_identity(supported: &CpuId, kind: KvmKind) -> HostIdentity {
+    let mut cpuid = supported.clone();
+    pmu::hide(&mut cpuid);
+    HostIdentity::new(&cpuid, kind)
 }
 
 /// The counters of one vCPU.
@@ -160,6 +186,8 @@ fn start(
     if machine.config.seccomp {
         restrict(ThreadKind::Main)?;
     }
+    let first_life = (machine.life, machine.cause);
+    let is_restored = machine.config.restore.is_some();
     // From here on the vCPUs may hold any device.
     machine.run_vcpus();
     let thread = thread.run((event_loop, machine, interrupts));
@@ -174,7 +202,41 @@ fn start(
         mmio,
         console,
         host,
+        first_life,
+        is_restored,
         thread: Some(thread),
+    })
+}
+
+struct Built {
+    vm: Vm,
+    memory: Memory,
+    entry: Entry,
+    /// RAM at power-on, if that is not what the machine begins with.
+    boot: Option<Backing>,
+}
+
+fn build_vm(
+    config: &Config,
+    (origin, snapshot): (Origin, Option<&Template>),
+    kvm: &Kvm,
+    (module, kind): (Module, KvmKind),
+    vcpus: u8,
+) -> Result<Built, MachineError> {
+    let load = || load(config, origin, vcpus);
+    let Some(snapshot) = snapshot else {
+        let (image, entry) = load()?;
+        let memory = map(config, image)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        return Ok(Built { vm, memory, entry, boot: None });
+    };
+    // What the machine boots is wanted at its first reset, when nobody may make files any more. KVM takes its time meanwhile.
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(load);
+        let memory = map(config, Backing::extents(snapshot, layout::AGENT_END)?)?;
+        let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
+        let (image, entry) = loading.join().expect("the thread has not panicked")?;
+        Ok(Built { vm, memory, entry, boot: Some(image) })
     })
 }
 
@@ -190,30 +252,33 @@ pub(super) fn template(
     })
 }
 
-fn build_vm(
-    config: &Config,
-    template: &Template,
-    kvm: &Kvm,
-    (module, kind): (Module, KvmKind),
-) -> Result<(Vm, Memory), MachineError> {
-    let memory = match config.payload {
-        Payload::Agent(_) => Memory::map_contents(template, layout::AGENT_END)?,
-        Payload::Kernel { .. } => Memory::map(template)?,
-        Payload::Linux(_) => Memory::map_copy(template)?,
+/// What is behind RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, origin: Origin, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+    let (template, entry) = match origin {
+        Origin::Image(image) => template(config, image, vcpus)?,
+        Origin::Template(template, entry) => (template, entry),
     };
+    let image = match config.payload {
+        Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
+        Payload::Kernel { .. } => Backing::private(&template)?,
+        Payload::Linux(_) => Backing::copy(&template)?,
+    };
+    Ok((image, entry))
+}
+
+fn map(config: &Config, backing: Backing) -> Result<Memory, MachineError> {
+    let memory = Memory::map(backing)?;
+    if config.track_dirty_pages {
+        memory.track_writes();
+    }
     if config.payload.is_unikernel() {
         boot::write_generation(memory.ram())?;
     }
-    let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-    Ok((vm, memory))
+    Ok(memory)
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK).map_err(MachineError::host("create an eventfd"))
-}
-
-fn guest_cid() -> GuestCid {
-    GuestCid::new(GUEST_CID).expect("3 is no reserved context identifier")
 }
 
 /// Makes the devices, puts them on their buses and into the event loop.
@@ -257,7 +322,7 @@ fn build_devices(
         filled: Vec::new(),
     };
     // The agent's first device: it looks no further for it.
-    let vsock = slots.add(Vsock::new(guest_cid(), listener)?)?;
+    let vsock = slots.add(Vsock::new(config.cid, listener)?)?;
     let rng = match config.rng {
         true => Some(slots.add(Rng::new().map_err(MachineError::host("create an eventfd"))?)?),
         false => None,

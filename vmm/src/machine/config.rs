@@ -4,26 +4,26 @@ use std::path::PathBuf;
 
 use agent_protocol::Cause;
 
+use super::Restore;
 use crate::boot::{self, BootError, Payload};
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
 use crate::device::pmu::Shape;
 use crate::device::reset_ports::{ACPI_POWER_OFF, ACPI_RESET_VALUE};
 use crate::device::virtio::audit::AuditMode;
+use crate::device::vsock::GuestCid;
 use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
+use crate::kvm::template::CpuTemplate;
 use crate::kvm::vm::max_vcpus;
 use crate::layout::{self, VirtioSlot};
 
-/// vsock address of the guest: the first one that is not reserved (virtio 1.2, section 5.10.4).
-pub const GUEST_CID: u64 = 3;
-
 /// Smallest RAM, in MiB: boot data and a kernel need some.
-const MIN_MEM_MIB: u64 = 4;
+pub const MIN_MEM_MIB: u64 = 4;
 /// Largest RAM, in MiB (512 GiB).
-const MAX_MEM_MIB: u64 = 512 * 1024;
+pub const MAX_MEM_MIB: u64 = 512 * 1024;
 
 /// What a Linux guest is told: to say little, since each letter on the console costs it an exit; to reset when it panics; and
 /// not to look for a keyboard behind a controller that has none.
@@ -52,6 +52,8 @@ pub struct Config {
     pub mem_mib: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// What of CPUID and of the MSRs its guests find changed.
+    pub cpu_template: CpuTemplate,
     /// Performance counters.
     pub pmu: PmuPolicy,
     /// What they are if they are emulated.
@@ -66,6 +68,8 @@ pub struct Config {
     pub reset_policy: ResetPolicy,
     /// Where the console goes.
     pub console: ConsoleOutput,
+    /// The guest's address on vsock.
+    pub cid: GuestCid,
     /// Unix socket for host clients of the guest's vsock ports.
     pub vsock_path: Option<PathBuf>,
     /// Another one, of type `SOCK_SEQPACKET`, for clients that send messages. Only beside the first.
@@ -74,10 +78,14 @@ pub struct Config {
     pub rng: bool,
     /// Virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Notes which pages of RAM are written, for snapshots that hold only those.
+    pub track_dirty_pages: bool,
     /// Every virtio device offers `VIRTIO_F_ACCESS_PLATFORM`.
     pub dma_platform: bool,
     /// What is looked for in the buffers that its guest posts.
     pub dma_audit: AuditMode,
+    /// A snapshot that it begins from, instead of its payload.
+    pub restore: Option<Restore>,
     /// A descriptor tells of its events: [`super::Handle::events_ready`].
     pub rings: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
@@ -120,6 +128,7 @@ impl Config {
             command_line: String::new(),
             mem_mib,
             vcpus: 1,
+            cpu_template: CpuTemplate::default(),
             pmu: PmuPolicy::Off,
             pmu_shape: Shape::FULL,
             pmu_seed: 0,
@@ -127,12 +136,15 @@ impl Config {
             faults: Faults::default(),
             reset_policy: ResetPolicy::InPlace,
             console: ConsoleOutput::Kept,
+            cid: GuestCid::FIRST,
             vsock_path: None,
             vsock_messages_path: None,
             rng: false,
             disks: Vec::new(),
+            track_dirty_pages: false,
             dma_platform: false,
             dma_audit: AuditMode::Off,
+            restore: None,
             rings: false,
             seccomp: false,
         }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use agent_protocol::Cause;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use jailer::seccomp::{RestrictError, ThreadKind};
+use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupts::Interrupt;
@@ -19,6 +20,7 @@ use super::{
     VcpuStop,
 };
 use crate::bus::lock;
+use crate::kvm::KvmError;
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
@@ -180,13 +182,44 @@ impl MutEventSubscriber for MachineEvents {
             thread.check_counters();
             None
         } else {
-            let _ = self.machine.wake.read();
+            self.machine.wake.clear();
             self.machine.handle_messages()
         };
+        let stop = stop.or_else(|| self.stand_still());
         if let Some(stop) = stop {
             self.machine.stop(stop);
             self.stopped.store(true, Ordering::Relaxed);
         }
+    }
+}
+
+impl MachineEvents {
+    /// While the machine is paused, nobody is heard but who can end that; the reason to stop, if one came. All others wait where
+    /// they are: requests in sockets, notifications in eventfds.
+    fn stand_still(&mut self) -> Option<Stop> {
+        while self.machine.paused.is_some() {
+            let mut descriptors = [
+                PollFd::new(&*self.machine.wake, PollFlags::IN),
+                PollFd::new(&self.interrupts, PollFlags::IN),
+            ];
+            if poll(&mut descriptors, None).is_err() {
+                // Interrupted.
+                continue;
+            }
+            let stop = match descriptors.map(|descriptor| !descriptor.revents().is_empty()) {
+                // What else signals want has to wait, too.
+                [_, true] if self.interrupts.take() == Interrupt::End => Some(Stop::Interrupted),
+                [true, _] => {
+                    self.machine.wake.clear();
+                    self.machine.handle_messages()
+                }
+                _ => None,
+            };
+            if stop.is_some() {
+                return stop;
+            }
+        }
+        None
     }
 }
 
@@ -211,8 +244,18 @@ impl Machine {
                 }
                 Message::Command(Command::Nmi(via)) => {
                     // There is a first vCPU: the configuration asks for one at least.
-                    let outcome = self.vcpus[0].0.inject_nmi(via);
+                    let outcome = match self.paused {
+                        None => self.vcpus[0].0.inject_nmi(via),
+                        Some(_) => self.vcpus[0].0.inject_nmi_parked(via),
+                    };
                     self.events.send(Event::Nmi(outcome));
+                    None
+                }
+                Message::Command(Command::Pause) => self.pause().err().map(failed),
+                Message::Command(Command::Resume) => self.resume().err().map(failed),
+                Message::Command(Command::Snapshot(targets, kind)) => {
+                    let written = self.snapshot(&targets, kind);
+                    self.events.send(Event::Snapshot(Box::new(written)));
                     None
                 }
                 Message::Command(Command::ResetTransport) => {
@@ -256,7 +299,7 @@ impl Machine {
                 if !std::mem::replace(&mut self.rested, true) {
                     self.events.send(Event::Rested);
                 }
-                self.run_vcpus();
+                self.go_on();
                 None
             }
             VcpuStop::Stuck(stuck) => Some(Stop::Stuck(stuck)),
@@ -267,4 +310,8 @@ impl Machine {
     fn reset_or_stop(&mut self, cause: Cause, at: Instant) -> Option<Stop> {
         self.reset(cause, at).err().map(Stop::Failed)
     }
+}
+
+fn failed(error: KvmError) -> Stop {
+    Stop::Failed(error.into())
 }

@@ -11,7 +11,7 @@ use rustix::time::{
 };
 
 use super::MachineError;
-use crate::device::pmu::{GeneralProtection, Pmu};
+use crate::device::pmu::{GeneralProtection, Pmu, SavedPmu};
 use crate::kvm::KvmError;
 use crate::kvm::unhalted::{Reading, UnhaltedClock};
 
@@ -119,6 +119,39 @@ impl VcpuPmu {
             self.set_timer(Duration::ZERO)?;
         }
         Ok(())
+    }
+
+    /// Its vCPU stands still from here on, and so do they.
+    pub fn stop(&self) -> Result<(), KvmError> {
+        let mut state = self.lock();
+        let now = state.clock.read()?.unhalted;
+        state.model.advance(now);
+        match state.aim.take() {
+            Some(_) => self.set_timer(Duration::ZERO),
+            None => Ok(()),
+        }
+    }
+
+    /// It goes on.
+    pub fn go_on(&self) -> Result<(), KvmError> {
+        let mut state = self.lock();
+        let now = state.clock.read()?;
+        state.model.skip_to(now.unhalted);
+        state.patience = Duration::ZERO;
+        self.arm(&mut state, now)
+    }
+
+    /// What they hold while their vCPU stands still.
+    pub fn save(&self) -> SavedPmu {
+        self.lock().model.save()
+    }
+
+    /// Makes them what those of another vCPU were, which stood still; so does this one, but not for long.
+    pub fn restore(&self, saved: &SavedPmu) -> Result<(), KvmError> {
+        let mut state = self.lock();
+        let now = state.clock.read()?;
+        state.model.restore(saved, now.unhalted);
+        self.arm(&mut state, now)
     }
 
     /// The timer has fired.

@@ -40,9 +40,12 @@ impl Machine {
             // Counters of the monitor's own are registers too, and their timer may not ring in another life.
             thread.pmu().map(VcpuPmu::reset).transpose()?;
         }
-        self.vm.reset_clock()?;
+        self.vm.set_clock_ns(0)?;
         // 4. With nobody left to write to it, RAM is the template again.
-        if self.config.faults.has(Fault::RamKept) {
+        if let Some(boot) = self.boot.take() {
+            // The machine went on from a snapshot: that is gone, and the boot image takes its place.
+            self.memory.replace(boot)?;
+        } else if self.config.faults.has(Fault::RamKept) {
             self.memory.restore_below(layout::AGENT_END)?;
         } else {
             self.memory.restore()?;
@@ -51,7 +54,7 @@ impl Machine {
             event.complete(self.memory.ram(), &TRANSPORT_RESET);
         }
         // 5. A new life, which may know its number and its cause.
-        self.begin_life();
+        self.begin_life(cause);
         if self.config.payload.has_agent() {
             let text = self.config.command_line(self.life, cause);
             boot::write_command_line(self.memory.ram(), &text)?;
@@ -59,20 +62,21 @@ impl Machine {
         if self.config.payload.is_unikernel() {
             boot::write_generation(self.memory.ram())?;
         }
-        self.run_vcpus();
+        self.go_on();
         self.tell_of_life(cause, at);
         Ok(())
     }
 
     /// Counts a life that the guest has begun by itself.
     pub(super) fn note_life(&mut self, cause: Cause, at: Instant) {
-        self.begin_life();
+        self.begin_life(cause);
         self.tell_of_life(cause, at);
     }
 
     /// What is counted for each life begins anew. Before the guest runs: what it does then is the new life's.
-    fn begin_life(&mut self) {
+    fn begin_life(&mut self, cause: Cause) {
         self.life += 1;
+        self.cause = cause;
         self.rested = false;
         self.devices.audit.iter().for_each(DmaAudit::begin_life);
     }
@@ -86,6 +90,13 @@ impl Machine {
     pub(super) fn park_vcpus(&self) {
         self.vcpus.iter().for_each(|(thread, _)| thread.request_park());
         self.vcpus.iter().for_each(|(thread, _)| thread.wait_parked());
+    }
+
+    /// Lets all vCPUs run, unless somebody has paused the machine.
+    pub(super) fn go_on(&self) {
+        if self.paused.is_none() {
+            self.run_vcpus();
+        }
     }
 
     /// Lets all vCPUs run.

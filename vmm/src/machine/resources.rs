@@ -1,7 +1,7 @@
 //! What a machine needs of the host, opened by name before the process is confined. Afterwards nothing has a name.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::boot::Image;
 use crate::device::block::Disk;
@@ -11,8 +11,9 @@ use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
 use crate::layout::Entry;
 use crate::memory::Template;
+use crate::snapshot::{self, Targets};
 
-use super::{Config, MachineError};
+use super::{Config, MachineError, Restore};
 
 /// Open descriptors and what was read from the kernel's files.
 #[derive(Debug)]
@@ -24,6 +25,9 @@ pub struct Resources {
     pub(super) disks: Vec<Disk>,
     /// What its KVM can give, if it was asked before.
     pub(super) supported: Option<Supported>,
+    /// RAM of the snapshot that the machine is restored from.
+    pub(super) snapshot: Option<Template>,
+    targets: Option<Targets>,
 }
 
 /// What guest RAM is made of.
@@ -56,7 +60,11 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        Ok((Self { kvm, module: Module::read(), origin, listener, disks, supported: None }, files))
+        let snapshot = config.restore.as_ref().map(snapshot_template).transpose()?;
+        let module = Module::read();
+        let (targets, supported) = (None, None);
+        let opened = Self { kvm, module, origin, listener, disks, snapshot, targets, supported };
+        Ok((opened, files))
     }
 
     /// Makes the template of guest RAM now, for all processes that are copies of this one: they share its pages. Asks KVM what it can
@@ -85,7 +93,21 @@ impl Resources {
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
+        descriptors.extend(self.snapshot.iter().map(AsFd::as_fd));
+        let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
+        descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
+    }
+
+    /// The same with files for a snapshot of the machine.
+    #[must_use]
+    pub fn with_targets(self, targets: Targets) -> Self {
+        Self { targets: Some(targets), ..self }
+    }
+
+    /// Takes the files for a snapshot out, if there are any.
+    pub fn take_targets(&mut self) -> Option<Targets> {
+        self.targets.take()
     }
 
     /// The same in a process that sees the sockets' directory as `directory`.
@@ -93,4 +115,12 @@ impl Resources {
         self.listener = self.listener.map(|listener| listener.seen_in(directory));
         self
     }
+}
+
+/// The snapshot's RAM, checked and copied: its files may be changed from here on.
+fn snapshot_template(restore: &Restore) -> Result<Template, MachineError> {
+    let open = |(_, path): &(_, PathBuf)| snapshot::open(path);
+    let files = restore.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let layers: Vec<_> = restore.layers.iter().map(|(header, _)| header).zip(&files).collect();
+    Ok(snapshot::template(&layers)?)
 }

@@ -8,13 +8,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use jailer::seccomp::ThreadKind;
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::pmu::VcpuPmu;
 use super::{GuestStuck, Message, NmiOutcome, NmiVia, StuckReason, VcpuStop};
 use crate::bus::{Bus, Effect};
 use crate::device::ioapic::IoApic;
+use crate::device::virtio::bell::Bell;
 use crate::kvm::KvmError;
 use crate::kvm::coalesced::CoalescedWrites;
 use crate::kvm::vcpu::{Exit, Vcpu, VcpuCell};
@@ -30,7 +30,7 @@ pub(super) struct Surroundings {
     /// Writes that KVM kept for later, where it can.
     pub coalesced: Option<Arc<CoalescedWrites>>,
     pub outbox: Sender<Message>,
-    pub wake: Arc<EventFd>,
+    pub wake: Arc<Bell>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +187,16 @@ impl VcpuThread {
         }
     }
 
+    /// The same for a vCPU that is parked, and will be for a while.
+    pub fn inject_nmi_parked(&self, via: NmiVia) -> NmiOutcome {
+        match queue_nmi(&self.vcpu(), via) {
+            Ok(true) => NmiOutcome::Queued,
+            Ok(false) => NmiOutcome::Masked,
+            // It will not run either.
+            Err(_) => NmiOutcome::VcpuStopped,
+        }
+    }
+
     /// Flag first, then the signal: whichever side of `KVM_RUN`'s entry the vCPU is on, one of them gets it out.
     fn kick(&self) {
         self.cell.request_exit();
@@ -275,7 +285,7 @@ impl Runner {
         let sent = self.surroundings.outbox.send(Message::VcpuStopped(at, stop));
         self.park_itself();
         if sent.is_ok() {
-            let _ = self.surroundings.wake.write(1);
+            self.surroundings.wake.ring();
         }
     }
 
@@ -313,10 +323,7 @@ impl Runner {
     }
 
     fn queue_nmi(&self, vcpu: &Vcpu, via: NmiVia) -> Result<(), KvmError> {
-        let queued = match via {
-            NmiVia::Pin => vcpu.inject_nmi()?,
-            NmiVia::Message => vcpu.send_nmi().map(|()| true)?,
-        };
+        let queued = queue_nmi(vcpu, via)?;
         let outcome = if queued { NmiOutcome::Queued } else { NmiOutcome::Masked };
         self.control.lock().nmi = NmiOrder::Done(outcome);
         self.control.changed.notify_all();
@@ -404,6 +411,14 @@ impl Runner {
         }
         let source = io::Error::other("KVM keeps asking for more");
         Err(KvmError::Request { action: "complete the vCPU's last exit", source })
+    }
+}
+
+/// False if the guest does not want it.
+fn queue_nmi(vcpu: &Vcpu, via: NmiVia) -> Result<bool, KvmError> {
+    match via {
+        NmiVia::Pin => vcpu.inject_nmi(),
+        NmiVia::Message => vcpu.send_nmi().map(|()| true),
     }
 }
 

@@ -1,13 +1,8 @@
 //! What a template holds, for RAM that is in no file: it is copied there, and again at each reset.
 
-use std::fs::File;
-use std::io;
-
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::{GuestRam, MemoryError, map};
+use super::{GuestRam, MemoryError, Template, map_file};
 use crate::layout;
 
 /// A template's contents, mapped for reading.
@@ -25,10 +20,21 @@ struct Extent {
 }
 
 impl Image {
-    /// Of the template in `file`, of `bytes`.
-    pub fn new(file: &File, bytes: u64) -> Result<Self, MemoryError> {
-        let extents = extents(file, bytes).map_err(MemoryError::Look)?;
-        Ok(Self { ram: map(file, bytes, libc::MAP_PRIVATE)?, extents })
+    pub fn new(template: &Template) -> Result<Self, MemoryError> {
+        let Template { file, bytes } = template;
+        let in_file = template.extents().map_err(MemoryError::Look)?;
+        let mut extents = Vec::new();
+        for (start, end) in in_file {
+            let mut offset = 0;
+            for (guest, len) in layout::ram_ranges(*bytes) {
+                let (from, to) = (start.max(offset), end.min(offset + len));
+                if from < to {
+                    extents.push(Extent { guest: guest + (from - offset), len: to - from });
+                }
+                offset += len;
+            }
+        }
+        Ok(Self { ram: map_file(file, *bytes, libc::MAP_PRIVATE)?, extents })
     }
 
     /// Writes what lies below the guest address `end` into `ram`, of the same size.
@@ -45,29 +51,5 @@ impl Image {
             }
         }
         Ok(())
-    }
-}
-
-/// What is no hole, as guest addresses.
-fn extents(file: &File, bytes: u64) -> io::Result<Vec<Extent>> {
-    let mut extents = Vec::new();
-    let mut at = 0;
-    loop {
-        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // There is nothing behind.
-            Err(Errno::NXIO) => return Ok(extents),
-            Err(errno) => return Err(errno.into()),
-        };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
-        let mut offset = 0;
-        for (guest, len) in layout::ram_ranges(bytes) {
-            let (from, to) = (start.max(offset), end.min(offset + len));
-            if from < to {
-                extents.push(Extent { guest: guest + (from - offset), len: to - from });
-            }
-            offset += len;
-        }
-        at = end;
     }
 }

@@ -6,6 +6,9 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};
 
 use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
+
+use super::writes::{Mark, WriteMark};
 
 /// Most pieces of one call. Guests use one or two for a packet; what lies in more takes more calls.
 const MOST: usize = 64;
@@ -16,21 +19,38 @@ pub struct Pieces<'a> {
     vectors: [libc::iovec; MOST],
     count: usize,
     len: usize,
+    /// Where it is noted what is written to them and how long they are, from the first to the last; none where nobody wants to know.
+    marks: Vec<(WriteMark<'a>, usize)>,
     ram: PhantomData<VolatileSlice<'a>>,
 }
 
 impl<'a> Pieces<'a> {
     /// The first pieces of `slices`, at most as many as one call takes: [`Pieces::len`] says how many bytes that is.
-    pub fn new(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Self {
+    pub fn new<B: Mark<'a>>(slices: impl Iterator<Item = VolatileSlice<'a, B>>) -> Self {
         let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let mut pieces = Self { vectors: [none; MOST], count: 0, len: 0, ram: PhantomData };
+        let (vectors, marks) = ([none; MOST], Vec::new());
+        let mut pieces = Self { vectors, count: 0, len: 0, marks, ram: PhantomData };
         for (vector, slice) in pieces.vectors.iter_mut().zip(slices) {
             vector.iov_base = slice.ptr_guard_mut().as_ptr().cast();
             vector.iov_len = slice.len();
             pieces.count += 1;
             pieces.len += slice.len();
+            let mark = slice.bitmap().mark();
+            if mark.is_some() {
+                pieces.marks.push((mark, slice.len()));
+            }
         }
         pieces
+    }
+
+    /// Notes that so many bytes were written.
+    fn written(&self, count: io::Result<usize>) -> io::Result<usize> {
+        let mut left = *count.as_ref().unwrap_or(&0);
+        for (mark, len) in &self.marks {
+            mark.mark_dirty(0, left.min(*len));
+            left -= left.min(*len);
+        }
+        count
     }
 
     /// Length in bytes.
@@ -48,7 +68,8 @@ impl<'a> Pieces<'a> {
         let fd = fd.as_fd().as_raw_fd();
         // SAFETY: the vectors are memory of slices that live as long as `self`, which other code too takes to be changing at
         // any time; the count is at most MOST.
-        length(unsafe { libc::readv(fd, self.vectors.as_ptr(), self.count as i32) })
+        let count = unsafe { libc::readv(fd, self.vectors.as_ptr(), self.count as i32) };
+        self.written(length(count))
     }
 
     /// Fills the pieces from the socket `fd` and leaves the bytes in it (`MSG_PEEK`).
@@ -59,7 +80,8 @@ impl<'a> Pieces<'a> {
         header.msg_iov = self.vectors.as_ptr().cast_mut();
         header.msg_iovlen = self.count as _;
         // SAFETY: as in `read_from`; the kernel reads the vectors and does not write to them.
-        length(unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_PEEK) })
+        let count = unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_PEEK) };
+        self.written(length(count))
     }
 
     /// Writes the pieces to `fd`; as many bytes as it takes.
@@ -73,7 +95,8 @@ impl<'a> Pieces<'a> {
     pub fn read_at(&self, file: &File, offset: u64) -> io::Result<usize> {
         let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
         // SAFETY: as in `read_from`.
-        length(unsafe { libc::preadv(fd, self.vectors.as_ptr(), self.count as i32, offset) })
+        let count = unsafe { libc::preadv(fd, self.vectors.as_ptr(), self.count as i32, offset) };
+        self.written(length(count))
     }
 
     /// Writes the pieces to `file` at `offset`; as many bytes as are taken at once. With `is_durable` they are on the medium
@@ -147,7 +170,7 @@ mod tests {
         let slice = VolatileSlice::from(&mut bytes[..]);
         let one = |at| slice.subslice(at, 1).unwrap();
         assert_eq!(Pieces::new((0..MOST + 10).map(one)).len(), MOST);
-        assert!(Pieces::new(std::iter::empty()).is_empty());
+        assert!(Pieces::new(std::iter::empty::<VolatileSlice<'_>>()).is_empty());
     }
 
     #[test]
@@ -175,5 +198,53 @@ mod tests {
         let read_only = File::open("/dev/null").unwrap();
         let error = pieces(&[(0, 1)]).write_at(&read_only, 0, false).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+    }
+}
+
+#[cfg(test)]
+mod marks {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use vm_memory::{GuestAddress, GuestMemory, Permissions};
+
+    use super::*;
+    use crate::memory::{Backing, Memory, MemoryError, Template};
+
+    #[test]
+    fn what_goes_past_vm_memory_is_noted_as_far_as_it_was_written() {
+        let template = Template::build(4 << 20, |_| Ok::<_, MemoryError>(())).unwrap().0;
+        let memory = Memory::map(Backing::private(&template).unwrap()).unwrap();
+        memory.track_writes();
+        let pieces = |ranges: &[(u64, usize)]| {
+            let slices = ranges.iter().flat_map(|(at, len)| {
+                let slices =
+                    memory.ram().get_slices(GuestAddress(*at), *len, Permissions::ReadWrite);
+                slices.unwrap().map(Result::unwrap)
+            });
+            Pieces::new(slices)
+        };
+        let check = |expected: u64| {
+            let noted: Vec<_> = memory.take_host_writes().flatten().collect();
+            assert_eq!(noted[0], expected);
+            assert!(noted[1..].iter().all(|word| *word == 0));
+        };
+        let (mut near, far) = UnixStream::pair().unwrap();
+        near.write_all(&[7; 0x2010]).unwrap();
+        let three = [(0x1ff0, 0x20), (0x5000, 0x10), (0x8000, 0x3000)];
+        pieces(&three).write_to(&far).unwrap();
+        check(0);
+        assert_eq!(pieces(&[(0x1000, 4)]).peek_from(&far).unwrap(), 4);
+        check(1 << 1);
+        assert_eq!(pieces(&three).read_from(&far).unwrap(), 0x2010);
+        check(1 << 1 | 1 << 2 | 1 << 5 | 1 << 8 | 1 << 9);
+        far.set_nonblocking(true).unwrap();
+        assert!(pieces(&three).read_from(&far).is_err());
+        check(0);
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(pieces(&three).write_at(&file, 0, false).unwrap(), 0x3030);
+        check(0);
+        assert_eq!(pieces(&[(0x3000, 1), (0x4000, 0x2000)]).read_at(&file, 0x3020).unwrap(), 0x10);
+        check(1 << 3 | 1 << 4);
     }
 }

@@ -88,6 +88,7 @@ pub fn serve(
         pmu: config.pmu,
         kvm: machine.kvm_kind(),
         dma_audit: config.dma_audit,
+        restored: machine.is_restored(),
         clears_hwcr: machine.clears_hwcr(),
     };
     let worker = Worker {
@@ -95,7 +96,7 @@ pub fn serve(
         timeout: guidance.timeout,
         leader: Leader::new(&machine, &plan),
         judge: Judge::new(expectations),
-        life: Beginning { life: 1, cause: Cause::PowerOn, moment: None, at: began },
+        life: Beginning::first(&machine, began),
         agent: None,
         orders,
     };
@@ -322,7 +323,7 @@ impl Worker<'_> {
                     Answer::Refused("the vCPU stopped before the NMI".into()).into()
                 }
             }),
-            Event::Rested => None,
+            Event::Rested | Event::Paused | Event::Resumed | Event::Snapshot(_) => None,
             Event::Stopped(stop) => Some(Outcome::Ended(match stop {
                 Stop::PowerOff => Ended::PowerOff,
                 Stop::Reset(cause) => Ended::Reset(cause),

@@ -32,7 +32,10 @@ const PREFIX: usize = 8 + 4 + 8 + 16;
 const MOST: u64 = 256 << 20;
 
 /// The bytes of a state file.
-pub(super) fn encode<S: Serialize>(header: &Header, state: &S) -> Result<Vec<u8>, SnapshotError> {
+///
+/// # Errors
+/// [`SnapshotError::Encode`] or [`SnapshotError::TooLarge`].
+pub fn encode<S: Serialize>(header: &Header, state: &S) -> Result<Vec<u8>, SnapshotError> {
     let bytes = postcard::to_extend(header, vec![0; PREFIX]);
     let mut bytes =
         bytes.and_then(|bytes| postcard::to_extend(state, bytes)).map_err(SnapshotError::Encode)?;

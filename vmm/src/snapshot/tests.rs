@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::kvm::identity::tests::host;
-use crate::memory::{GuestRam, Memory, MemoryError, PageSet, Template};
+use crate::memory::{Backing, GuestRam, Memory, MemoryError, PageSet, Template};
 
 /// RAM of the machines here.
 const RAM: u64 = 4 << 20;
@@ -32,7 +32,7 @@ fn ram_with(words: &[(u64, &str)]) -> Memory {
         Ok(())
     };
     let template = Template::build(RAM, load).unwrap().0;
-    Memory::map(&template).unwrap()
+    Memory::map(Backing::private(&template).unwrap()).unwrap()
 }
 
 fn put(ram: &GuestRam, words: &[(u64, &str)]) {
@@ -43,7 +43,7 @@ fn put(ram: &GuestRam, words: &[(u64, &str)]) {
 
 /// What a machine would find that started from `template`: all that is not zero, a word for each page.
 fn words_in(template: &Template) -> Vec<(u64, String)> {
-    let memory = Memory::map(template).unwrap();
+    let memory = Memory::map(Backing::private(template).unwrap()).unwrap();
     let mut words = Vec::new();
     for address in (0..template.bytes()).step_by(PAGE as usize) {
         let mut page = [0; PAGE as usize];

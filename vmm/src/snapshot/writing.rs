@@ -16,7 +16,7 @@ use super::pages::PageMapBuilder;
 use super::state_file::encode;
 use super::{Header, Kind, PAGE, SnapshotError, SnapshotId, Targets};
 use crate::kvm::identity::HostIdentity;
-use crate::memory::{GuestRam, PageSet};
+use crate::memory::{GuestRam, PageSet, WriteLog};
 
 /// Which pages are written.
 #[derive(Clone, Copy, Debug)]
@@ -118,7 +118,7 @@ impl<'a> MemoryWriter<'a> {
     /// `names_empty`.
     fn write(
         &mut self,
-        region: &GuestRegionMmap,
+        region: &GuestRegionMmap<WriteLog>,
         first: u64,
         (start, count): (u64, u64),
         names_empty: bool,

@@ -39,13 +39,18 @@ fn life(number: u32, cause: Cause, change: impl FnOnce(&mut Report)) -> Life {
     }
 }
 
-fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
-    let mut judge = Judge::new(Expectations {
-        pmu: policy,
+fn expectations(pmu: PmuPolicy) -> Expectations {
+    Expectations {
+        pmu,
         kvm: KvmKind::Svm,
         dma_audit: AuditMode::Off,
+        restored: false,
         clears_hwcr: true,
-    });
+    }
+}
+
+fn verdict(policy: PmuPolicy, lives: &[Life]) -> Vec<Finding> {
+    let mut judge = Judge::new(expectations(policy));
     for life in lives {
         judge.hear(life);
     }
@@ -315,8 +320,7 @@ fn violations_of_the_dma_audit_are_findings_by_their_level() {
     let seen = Life { dma_audit, ..life(1, Cause::PowerOn, |_| {}) };
     let check = |dma_audit, expected: &[&str]| {
         let pmu = PmuPolicy::Off;
-        let mut judge =
-            Judge::new(Expectations { pmu, kvm: KvmKind::Svm, dma_audit, clears_hwcr: true });
+        let mut judge = Judge::new(Expectations { dma_audit, ..expectations(pmu) });
         let findings = judge.hear(&seen).0;
         assert!(findings.iter().all(|finding| finding.name == "dma-audit"), "{findings:?}");
         let details: Vec<_> = findings.iter().map(|finding| &finding.detail).collect();
@@ -330,16 +334,22 @@ fn violations_of_the_dma_audit_are_findings_by_their_level() {
 #[test]
 fn the_time_stamp_counter_is_not_judged_where_guests_see_the_hosts() {
     let late = life(1, Cause::PowerOn, |r| r.timings.tsc_ready = u64::MAX / 2);
-    let software = Expectations {
-        pmu: PmuPolicy::Off,
-        kvm: KvmKind::Software,
-        dma_audit: AuditMode::Off,
-        clears_hwcr: false,
-    };
+    let software =
+        Expectations { kvm: KvmKind::Software, clears_hwcr: false, ..expectations(PmuPolicy::Off) };
     let mut judge = Judge::new(software);
     judge.hear(&late);
     assert_eq!(judge.findings(), []);
     let unchecked: Vec<_> = software.unchecked().iter().map(|(name, _)| *name).collect();
     assert_eq!(unchecked, ["tsc-not-reset", "msrs-kept"]);
     assert_eq!(names(PmuPolicy::Off, &[late]), ["tsc-not-reset"]);
+}
+
+#[test]
+fn of_a_restored_machine_the_next_life_is_the_first_that_began_here() {
+    let late = |number, cause| life(number, cause, |r| r.timings.tsc_ready = u64::MAX / 2);
+    let mut judge = Judge::new(Expectations { restored: true, ..expectations(PmuPolicy::Off) });
+    judge.hear(&late(4, Cause::Host));
+    assert_eq!(judge.findings(), []);
+    judge.hear(&late(5, Cause::Host));
+    assert_eq!(judge.findings()[0].name, "tsc-not-reset");
 }

@@ -38,7 +38,7 @@ fn tell_audit(audit: &AuditSummary, mode: AuditMode) -> bool {
 
 /// Keeps the machine running for clients until somebody ends it. Then the verdict's `status` stands, unless the guest
 /// ended first, or the DMA audit has found something meanwhile. In `lines`, what was seen becomes one.
-pub(super) fn hold(
+pub(in crate::cli) fn hold(
     machine: &Handle,
     mode: AuditMode,
     status: u8,
@@ -91,7 +91,10 @@ fn wait(machine: &Handle) -> Stop {
             Some(Event::Reset { life, cause, .. }) => {
                 eprintln!("cleanslate: reset in place ({cause}), life {life}");
             }
-            Some(Event::Nmi(_) | Event::Rested) | None => {}
+            Some(
+                Event::Nmi(_) | Event::Rested | Event::Paused | Event::Resumed | Event::Snapshot(_),
+            )
+            | None => {}
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::fault::{Fault, Faults};
 use crate::kvm::host::HostInfo;
 use crate::kvm::pmu::{PmuAbsence, PmuPolicy};
 use crate::machine::{Config, GuestStats, Handle};
+use crate::snapshot;
 use crate::soak::line::{Evidence, Line, Machine};
 use crate::verify::{Expectations, Finding, Life, Outcome};
 use crate::words::{milliseconds, plural};
@@ -39,6 +40,26 @@ pub(super) struct Summary<'a> {
     dma_audit: Option<Audit>,
     /// Findings that this host cannot show, with the reason.
     unchecked: Vec<(&'static str, &'static str)>,
+    /// The snapshot that was written in the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Written>,
+}
+
+/// A snapshot that was written.
+#[derive(Debug, Serialize)]
+pub(in crate::cli) struct Written {
+    id: String,
+    /// Length of the state file.
+    state_bytes: u64,
+    /// How much of RAM is in the memory file.
+    memory_bytes: u64,
+}
+
+impl From<snapshot::Summary> for Written {
+    fn from(summary: snapshot::Summary) -> Self {
+        let snapshot::Summary { header, state_bytes, memory_bytes } = summary;
+        Self { id: header.id.to_string(), state_bytes, memory_bytes }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -93,13 +114,14 @@ impl<'a> Summary<'a> {
                 .dma_audit()
                 .map(|audit| Audit { mode: expectations.dma_audit, summary: audit.summary() }),
             unchecked: expectations.unchecked(),
+            snapshot: None,
         }
     }
 }
 
 /// What is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(in crate::cli) enum Format {
     /// For people.
     Table,
     /// One object.

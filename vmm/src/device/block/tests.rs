@@ -303,3 +303,55 @@ fn a_file_that_becomes_shorter_fails_reads_and_nothing_else() {
     resize(file.as_file(), SECTORS);
     assert_eq!(driver.read(200, 512), [0; 512]);
 }
+
+#[test]
+fn a_device_that_is_to_be_saved_answers_what_it_has_taken_and_takes_nothing_more() {
+    let file = image();
+    let mut driver = TestDriver::new(block(&file, true), RING_FEATURES);
+    // As many as the disk's threads take at once, and more.
+    for head in 0..40 {
+        let at = u64::from(head) * 0x1000;
+        driver.put(HEADER + at, &header(0, 3));
+        let chain = [
+            (HEADER + at, HEADER_LEN as u32, 0),
+            (DATA + at, 512, WRITE),
+            (HEADER + at + 16, 1, WRITE),
+        ];
+        driver.describe_chain(3 * head, &chain);
+        driver.add(3 * head);
+    }
+    driver.device.handle_queue(0);
+    driver.device.settle();
+    let [Some(position)] = driver.device.positions()[..] else { panic!("no position") };
+    assert_eq!(position.next_available, position.next_used, "taken and not answered");
+    assert_eq!(usize::from(position.next_used), MOST_IN_FLIGHT);
+    assert_eq!(driver.device.stats().requests, MOST_IN_FLIGHT as u64);
+
+    // Another device goes on with the others.
+    let block = block(&file, true);
+    let saved = driver.device.save();
+    let mut queue = TestDriver::<Block>::queue(256);
+    queue.set_next_avail(position.next_available);
+    queue.set_next_used(position.next_used);
+    drop(std::mem::replace(&mut driver.device, block));
+    let restored = Driver {
+        ram: driver.ram.clone(),
+        features: RING_FEATURES,
+        queues: vec![queue.into()],
+        interrupt: driver.interrupts.clone(),
+    };
+    driver.device.restore(&saved, Some(restored), false).unwrap();
+    for head in 0..40 {
+        assert_eq!(driver.take().1, 513, "request {head}");
+    }
+    assert_eq!(driver.bytes(DATA + 39 * 0x1000, 4), [3; 4]);
+}
+
+#[test]
+fn a_disk_of_another_size_is_not_the_one_that_was_there() {
+    let file = image();
+    let saved = block(&file, true).save();
+    file.as_file().set_len(512).unwrap();
+    let error = block(&file, true).restore(&saved, None, false);
+    assert_eq!(error, Err(RestoreError::Capacity(SECTORS * SECTOR, 512)));
+}

@@ -150,6 +150,14 @@ impl Workers {
         jobs.append(&mut self.shared.lock().finished);
     }
 
+    /// Waits until all jobs are finished.
+    pub fn wait_idle(&self) {
+        let mut jobs = self.shared.lock();
+        while jobs.running > 0 || !jobs.waiting.is_empty() {
+            jobs = self.shared.idle.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Drops all jobs. When this returns, no thread touches RAM any more, and none will before the next
     /// [`Workers::begin`]. A write that was going on may be done in part, as when a disk loses its power.
     pub fn cancel(&self) {

@@ -239,6 +239,38 @@ fn an_interrupt_is_due_exactly_when_it_was_said_to_be() {
 }
 
 #[test]
+fn counters_go_on_in_another_model_whose_clock_shows_another_time() {
+    let mut pmu = Pmu::new(Shape::FULL, 3);
+    pmu.write(CORE_SELECT + 1, COUNT_MASK - 999, 50).unwrap();
+    pmu.write(CORE_SELECT, CYCLES, 50).unwrap();
+    pmu.write(CORE_SELECT + 4, CYCLES & !0xff | 0xc0, 50).unwrap();
+    pmu.advance(650);
+    let mut other = Pmu::new(Shape::FULL, 3);
+    other.restore(&pmu.save(), 1 << 40);
+    assert_eq!(other.save(), pmu.save());
+    assert_eq!(other.ticks_to_interrupt(), Some(400));
+    for (one, another) in [(650, 1 << 40), (1049, (1 << 40) + 399), (1050, (1 << 40) + 400)] {
+        for index in REGISTERS.into_iter().flatten() {
+            assert_eq!(pmu.read(index, one), other.read(index, another), "{index:x} at {one}");
+        }
+    }
+    assert!(pmu.take_interrupt() && other.take_interrupt());
+}
+
+#[test]
+fn bits_that_no_register_has_do_not_come_from_a_file() {
+    let mut saved = Pmu::new(Shape::FULL, 0).save();
+    (saved.global_status, saved.global_control) = (u64::MAX, u64::MAX);
+    saved.counters = [Counter { select: u64::MAX, value: u64::MAX, fraction: u64::MAX }; 6];
+    let mut pmu = Pmu::new(Shape::new(2, 4).unwrap(), 0);
+    pmu.restore(&saved, 7);
+    assert_eq!((pmu.global_status, pmu.global_control), (0xf, 0xf));
+    let counter = Counter { select: !SELECT_RESERVED, value: COUNT_MASK, fraction: ONE_A_TICK - 1 };
+    assert_eq!(pmu.counters[..4], [counter; 4]);
+    assert_eq!(pmu.counters[4..], [Counter::default(); 2]);
+}
+
+#[test]
 fn extreme_values_neither_stop_nor_break_the_model() {
     let mut pmu = Pmu::new(Shape::FULL, u64::MAX);
     let mut random = 1_u64;

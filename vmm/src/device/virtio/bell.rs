@@ -1,7 +1,7 @@
-//! What wakes the event loop for a device that has work of its own.
+//! What wakes the event loop for a device that has work of its own, and for whoever else has.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -28,6 +28,12 @@ impl Bell {
     pub fn clear(&self) {
         // It fails only when nobody has rung.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl AsRawFd for Bell {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -5,9 +5,9 @@
 //! [`Chain::walk`] has checked it against guest RAM.
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamSlice};
 
 /// Who reads and who writes a chain's buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +147,7 @@ impl Chain {
         ram: &'a GuestRam,
         offset: usize,
         len: usize,
-    ) -> impl Iterator<Item = VolatileSlice<'a>> {
+    ) -> impl Iterator<Item = RamSlice<'a>> {
         // RAM is for reading and writing alike; `walk` has checked the guest's word.
         self.parts(offset, len)
             .filter_map(|(addr, len)| ram.get_slices(addr, len, Permissions::ReadWrite).ok())

@@ -17,6 +17,7 @@ use virtio_bindings::bindings::virtio_mmio::{
 use virtio_queue::{Queue, QueueT};
 
 use super::audit::DeviceAudit;
+use super::saved::{RestoreError, RingPosition, SavedMmio, SavedQueue};
 use super::stale::StaleRequest;
 use super::{Driver, DriverQueue, F_ACCESS_PLATFORM, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{self, Effect};
@@ -145,6 +146,92 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
         self.audit.iter().for_each(DeviceAudit::end);
         self.registers = Registers::power_on(self.device.queue_max_sizes());
         self.interrupt.status.store(0, Ordering::SeqCst);
+    }
+
+    /// What it is now, the device included. What the device was about to answer is answered before. No vCPU runs.
+    pub fn save(&mut self) -> SavedMmio {
+        self.device.settle();
+        let registers = &self.registers;
+        SavedMmio {
+            status: registers.status,
+            device_features_select: registers.device_features_select,
+            driver_features_select: registers.driver_features_select,
+            offered_features: self.features(),
+            driver_features: registers.driver_features,
+            queue_select: registers.queue_select,
+            queues: registers.queues.iter().map(SavedQueue::of).collect(),
+            interrupt: self.interrupt.status.load(Ordering::SeqCst),
+            needs_reset: self.device.needs_reset(),
+            positions: self.device.positions(),
+            device: self.device.save(),
+        }
+    }
+
+    /// Makes it what another one was; it has just been made. The device looks at its queues soon, since notifications may have
+    /// been lost; and an interrupt that the driver has not acknowledged is signalled again, for the same reason.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; then it can only be dropped.
+    pub fn restore(&mut self, saved: &SavedMmio) -> Result<(), RestoreError> {
+        let here = self.device.save();
+        if std::mem::discriminant(&saved.device) != std::mem::discriminant(&here) {
+            return Err(RestoreError::Kind(saved.name(), here.name()));
+        }
+        if saved.offered_features != self.features() {
+            return Err(RestoreError::Features(saved.offered_features, self.features()));
+        }
+        self.registers = self.checked(saved)?;
+        self.interrupt.status.store(
+            saved.interrupt & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG),
+            Ordering::SeqCst,
+        );
+        let runs = self.has(DRIVER_OK) && !saved.needs_reset;
+        let driver = runs.then(|| self.driver(&saved.positions));
+        self.device.restore(&saved.device, driver, saved.needs_reset)?;
+        if self.device.needs_reset() != saved.needs_reset {
+            return Err(RestoreError::Queue);
+        }
+        if saved.interrupt != 0 {
+            self.interrupt.pin.signal();
+        }
+        Ok(())
+    }
+
+    /// The registers, if a driver could have come so far.
+    fn checked(&self, saved: &SavedMmio) -> Result<Registers, RestoreError> {
+        const STEPS: [u32; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+        let progress = saved.status & !FAILED;
+        let steps = (0..=STEPS.len()).map(|count| STEPS[..count].iter().sum::<u32>());
+        let features = saved.driver_features;
+        let agreed = features & !saved.offered_features == 0 && features & F_VERSION_1 != 0;
+        let max_sizes = self.device.queue_max_sizes();
+        if !steps.into_iter().any(|steps| steps == progress)
+            || (progress & FEATURES_OK != 0 && !agreed)
+            || saved.queues.len() != max_sizes.len()
+        {
+            return Err(RestoreError::Registers);
+        }
+        let queues = saved.queues.iter().zip(max_sizes).map(|(queue, max)| queue.restore(*max));
+        Ok(Registers {
+            status: saved.status,
+            device_features_select: saved.device_features_select,
+            driver_features_select: saved.driver_features_select,
+            driver_features: features,
+            queue_select: saved.queue_select,
+            queues: queues.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The driver of another machine, whose device had come as far as `positions` say.
+    fn driver(&self, positions: &[Option<RingPosition>]) -> Driver {
+        let mut queues: Vec<_> = self.registers.queues.iter().map(copy_of).collect();
+        for (queue, position) in queues.iter_mut().zip(positions) {
+            if let Some(RingPosition { next_available, next_used }) = *position {
+                queue.set_next_avail(next_available);
+                queue.set_next_used(next_used);
+            }
+        }
+        self.driver_with(queues)
     }
 
     /// The oldest request of queue `index` that waits for the device.
@@ -288,21 +375,25 @@ impl<D: VirtioDevice + ?Sized> Mmio<D> {
     }
 
     fn activate(&mut self) {
+        let queues = self.registers.queues.iter().map(copy_of).collect();
+        let driver = self.driver_with(queues);
+        self.device.activate(driver);
+    }
+
+    /// What the driver has set up, with these queues; the audit begins.
+    fn driver_with(&self, queues: Vec<Queue>) -> Driver {
         let audit = self.audit.as_ref();
-        audit.iter().for_each(|audit| {
-            audit.begin(self.registers.driver_features, &self.registers.queues);
-        });
-        let queues = (0..).zip(&self.registers.queues).map(|(index, queue)| DriverQueue {
-            queue: copy_of(queue),
+        audit.iter().for_each(|audit| audit.begin(self.registers.driver_features, &queues));
+        let queues = (0..).zip(queues).map(|(index, queue)| DriverQueue {
+            queue,
             audit: audit.map(|audit| audit.queue(index)),
         });
-        let driver = Driver {
+        Driver {
             ram: self.ram.clone(),
             features: self.registers.driver_features,
             queues: queues.collect(),
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
-        };
-        self.device.activate(driver);
+        }
     }
 }
 

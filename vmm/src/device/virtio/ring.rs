@@ -6,9 +6,9 @@ use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::DriverQueue;
 use super::audit::QueueAudit;
 use super::chain::{Chain, Direction};
+use super::{DriverQueue, RingPosition};
 use crate::memory::GuestRam;
 
 /// The guest has broken the queue itself: rings outside RAM, or an index that jumped by more than the queue's size.
@@ -53,6 +53,16 @@ impl Ring {
         queue.set_event_idx(event_idx);
         let chain = Chain::new(direction, queue.size());
         Ok(Some(Self { queue, chain, listening: true, unsignalled: false, audit }))
+    }
+
+    /// How far the device has come, with all that it has taken given back.
+    pub fn position(&self) -> RingPosition {
+        RingPosition { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// The driver's index of the available ring: another one when it has posted something.
+    pub fn posted(&self, ram: &GuestRam) -> Result<u16, BrokenRing> {
+        Ok(self.queue.avail_idx(ram, Ordering::Acquire)?.0)
     }
 
     /// Number of descriptors.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
 
 /// First in, first out: bytes, and where messages end among them. Its length is bounded by the credit that the guest was given.
 #[derive(Debug, Default)]
@@ -43,7 +44,7 @@ impl Backlog {
     }
 
     /// Appends a copy of guest memory. The whole is at most `most` bytes.
-    pub fn push(&mut self, slice: &VolatileSlice, most: usize) {
+    pub fn push<B: BitmapSlice>(&mut self, slice: &VolatileSlice<'_, B>, most: usize) {
         let (start, end) = (self.bytes.len(), self.bytes.len() + slice.len());
         if end > self.bytes.capacity() {
             let capacity = (2 * self.bytes.capacity()).min(most).max(end);

@@ -140,6 +140,12 @@ impl Clients {
         self.update_listener(poller);
     }
 
+    /// Time did not run for this long.
+    pub fn prolong(&mut self, by: Duration) {
+        self.slots.iter_mut().flatten().for_each(|client| client.since += by);
+        self.paused_until.iter_mut().for_each(|until| *until += by);
+    }
+
     /// When [`Clients::expire`] has something to do next.
     pub fn next_deadline(&self) -> Option<Instant> {
         let patience = self.patience();

@@ -274,6 +274,25 @@ impl Host {
         self.touched.clear();
     }
 
+    /// The same for those that the guest has opened, and those that it knows. What the host has asked for and the guest was not
+    /// told yet stays.
+    pub fn drop_guest_connections(&mut self) {
+        let is_known =
+            |endpoint: &Endpoint| !(endpoint.connection.is_requesting() && endpoint.queued);
+        let known = self.table.iter().filter(|(_, endpoint)| is_known(endpoint));
+        for key in known.map(|(key, _)| key).collect::<Vec<_>>() {
+            self.table.remove(key);
+        }
+        self.refusals.clear();
+    }
+
+    /// Time did not run for this long.
+    pub fn prolong(&mut self, by: Duration) {
+        let deadlines = self.table.iter_mut().filter_map(|endpoint| endpoint.deadline.as_mut());
+        deadlines.for_each(|deadline| *deadline += by);
+        self.clients.prolong(by);
+    }
+
     /// Ends everything but the listener: connections, requests that wait, clients on their way.
     pub fn reset(&mut self) {
         drop(self.inbox.take());

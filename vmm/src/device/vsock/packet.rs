@@ -47,6 +47,9 @@ impl SocketType {
 pub struct GuestCid(u64);
 
 impl GuestCid {
+    /// The first one that is not reserved.
+    pub const FIRST: Self = Self(HOST_CID + 1);
+
     /// Takes an identifier that a guest may have: 3 to 2³²−2; the others are reserved (virtio 1.2, section 5.10.4).
     pub fn new(cid: u64) -> Option<Self> {
         (cid > HOST_CID && cid < u64::from(u32::MAX)).then_some(Self(cid))

@@ -39,6 +39,18 @@ impl Table {
         }
     }
 
+    /// The host's port of the next connection that it opens.
+    pub fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    /// The same as in another table; a number that it cannot have is left alone.
+    pub fn continue_from(&mut self, next_host_port: u32) {
+        if (FIRST_HOST_PORT..1 << 31).contains(&next_host_port) {
+            self.next_host_port = next_host_port;
+        }
+    }
+
     /// True if no connection can be added.
     pub fn is_full(&self) -> bool {
         self.endpoints.len() >= MAX_CONNECTIONS
@@ -129,6 +141,11 @@ impl Table {
     /// True if some connection waits for its turn.
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()
+    }
+
+    /// All connections, in no order, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Endpoint> {
+        self.endpoints.values_mut()
     }
 
     /// All connections, in no order.

@@ -105,7 +105,7 @@ fn a_hidden_pmu_leaves_no_trace_in_cpuid() {
     assert_eq!(Leaf::get(&cpuid, 0xa, 0), Leaf::default());
     assert_eq!(Leaf::get(&cpuid, AMD_EXTENDED_FEATURES, 0).ecx & 1 << 23, 0);
     assert_eq!(Leaf::get(&cpuid, 0x8000_0022, 0), Leaf::default());
-    assert_eq!(intel_sequence(&cpuid, &Faults::default()), []);
+    assert_eq!(Registers::intel(&cpuid, &Faults::default()).sequence(|_| Some(0)), []);
 }
 #[test]
 fn a_shown_pmu_is_what_the_sequence_and_the_model_take_it_for() {
@@ -178,4 +178,42 @@ fn faults_in_registers_that_are_not_there_are_refused() {
     check(&four, Fault::GlobalsLeft, true);
     check(&k7, Fault::PmuNotReset, true);
     check(&intel(&[leaf(0xa, 4 << 8 | 2, 0, 0, 3)]), Fault::PmuK7Only, false);
+}
+
+#[test]
+fn values_go_to_the_registers_that_they_are_of_and_nothing_counts_before_all_are_there() {
+    for cpuid in all_kinds() {
+        let registers = state_registers(&cpuid);
+        let values: Vec<_> =
+            registers.iter().map(|index| (*index, u64::from(*index) << 8 | 1)).collect();
+        let writes = restore_sequence(&cpuid, &values);
+        // In the end each register has its own value.
+        for (index, value) in &values {
+            let last = writes.iter().rfind(|(written, _)| written == index);
+            assert_eq!(last, Some(&(*index, *value)), "{index:#x}");
+        }
+        // What lets counters run is off until the last counter has its value.
+        let Registers { global_control, controls, counters, .. } =
+            Registers::of(&cpuid, &Faults::default());
+        let at = |wanted: (u32, u64)| writes.iter().position(|write| *write == wanted).unwrap();
+        let last = counters.iter().map(|index| at((*index, u64::from(*index) << 8 | 1))).max();
+        for control in controls.into_iter().chain(global_control.map(|(control, _)| control)) {
+            assert!(Some(at((control, 0))) < last, "{control:#x} is not off in time");
+            assert!(
+                Some(at((control, u64::from(control) << 8 | 1))) > last,
+                "{control:#x} is on too early"
+            );
+        }
+        if let Some((control, _)) = global_control {
+            assert_eq!(writes.last().unwrap().0, control);
+        }
+    }
+}
+
+#[test]
+fn registers_that_no_value_is_known_of_are_left_alone() {
+    let cpuid = &all_kinds()[2];
+    let values = [(0xc001_0202, 0x53_0076), (0xc001_0203, 5)];
+    let expected = [(0xc001_0202, 0), (0xc001_0203, 5), (0xc001_0202, 0x53_0076)];
+    assert_eq!(restore_sequence(cpuid, &values), expected);
 }

@@ -5,6 +5,7 @@
 mod dirt;
 mod snapshot;
 
+use super::msrs::MSR_TSC;
 use super::*;
 use crate::kvm::cpuid::{self, Leaf};
 use crate::kvm::host::Module;
@@ -12,7 +13,7 @@ use crate::kvm::pmu::PmuPolicy;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::layout::Entry;
-use crate::memory::{Memory, MemoryError, Template};
+use crate::memory::{Backing, Memory, MemoryError, Template};
 use dirt::{LATE, Variant, dirty};
 use snapshot::{GROUPS, Snapshot};
 
@@ -33,7 +34,9 @@ impl Machine {
         let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
         let (cpuid, kind) = cpuid::supported(&kvm, Module::read(), PmuPolicy::Off).unwrap();
         let load = |_: &_| Ok::<_, MemoryError>(());
-        let memory = Memory::map(&Template::build(4 << 20, load).unwrap().0).unwrap();
+        let memory =
+            Memory::map(Backing::private(&Template::build(4 << 20, load).unwrap().0).unwrap())
+                .unwrap();
         let vm = Vm::new(&kvm, Module::read(), kind, &memory, PmuPolicy::Off).unwrap();
         let vcpu = vm.create_vcpu(&cpuid, 0, 1).unwrap();
         let power_on = vcpu
@@ -134,4 +137,99 @@ fn print_what_stayed(machine: &Machine, before: &Snapshot, dirtied: &Snapshot) {
     if machine.tsc() < LATE {
         println!("not proven here: the time stamp counter; this KVM shows the host's");
     }
+}
+
+#[test]
+fn a_vcpu_comes_back_in_another_machine_register_by_register() {
+    for variant in [Variant::CountingTimer, Variant::DeadlineTimerX2apic] {
+        let machine = Machine::new(None);
+        dirty(&machine.vcpu.fd, variant, machine.xcr0, machine.mcg_cap);
+        let zero = machine.vcpu.zero_tsc().unwrap();
+        let state = machine.vcpu.capture(&machine.power_on, zero).unwrap();
+        let (before, tsc) = (machine.snapshot(), machine.tsc());
+        assert_ne!(before.get("events", "nmi.pending"), "0x0", "the NMI is not queued");
+
+        // As bytes, as in a file.
+        let bytes = serde_json::to_vec(&state).unwrap();
+        let state: VcpuState = serde_json::from_slice(&bytes).unwrap();
+        let other = Machine::new(None);
+        let fresh = other.snapshot();
+        other.vcpu.restore(&state, &other.power_on, other.vcpu.zero_tsc().unwrap()).unwrap();
+        let after = other.snapshot();
+        let changed = after.differences(&fresh).count();
+        println!("{variant:?}: {changed} registers came back");
+        // The timer runs on.
+        let is_timer = |difference: &String| difference.contains("0x390");
+        let left = after.differences(&before).map(|(_, difference)| difference);
+        let left: Vec<_> = left.filter(|difference| !is_timer(difference)).collect();
+        assert!(left.is_empty(), "not as it was:\n{}", left.join("\n"));
+        // A second is far more than passes here.
+        let passed = other.tsc().wrapping_sub(tsc);
+        assert!(passed < 1 << 32, "the time stamp counter went on by {passed:#x}");
+    }
+}
+
+#[test]
+fn a_state_of_other_registers_is_refused() {
+    let machine = Machine::new(None);
+    let zero = machine.vcpu.zero_tsc().unwrap();
+    let state = machine.vcpu.capture(&machine.power_on, zero).unwrap();
+    let whole = serde_json::to_value(&state).unwrap();
+    let check = |change: &dyn Fn(&mut serde_json::Value), reason: &str| {
+        let mut changed = whole.clone();
+        change(&mut changed);
+        let error = match serde_json::from_value::<VcpuState>(changed) {
+            Err(error) => error.to_string(),
+            Ok(state) => {
+                let restored = machine.vcpu.restore(&state, &machine.power_on, zero);
+                restored.err().map_or_else(String::new, |error| error.to_string())
+            }
+        };
+        assert!(error.contains(reason), "{reason:?} expected, but: {error:?}");
+    };
+    let list = |of: &mut serde_json::Value| of.as_array().unwrap().clone();
+    check(&|state| *state = whole.clone(), "");
+    check(
+        &|state| state["registers"]["regs"] = list(&mut state["registers"]["regs"])[1..].into(),
+        "invalid length 143, expected 144 bytes",
+    );
+    check(
+        &|state| {
+            let mut longer = list(&mut state["registers"]["lapic"]);
+            longer.push(0.into());
+            state["registers"]["lapic"] = longer.into();
+        },
+        "invalid length 1025",
+    );
+    for (place, words) in
+        [("/registers/msrs", "about the MSRs"), ("/pv", "about the paravirtual MSRs")]
+    {
+        let at = |state: &'_ mut serde_json::Value| list(state.pointer_mut(place).unwrap());
+        check(
+            &|state| {
+                let fewer = at(state)[1..].to_vec();
+                *state.pointer_mut(place).unwrap() = fewer.into();
+            },
+            words,
+        );
+        check(
+            &|state| {
+                let mut all = at(state);
+                // The number comes first, lowest byte first.
+                all[0][0] = 0x9b.into();
+                *state.pointer_mut(place).unwrap() = all.into();
+            },
+            words,
+        );
+    }
+    check(
+        &|state| state["pmu"] = vec![state["pv"][0].clone()].into(),
+        "about the performance counters",
+    );
+    check(
+        &|state| state["cpuid"] = list(&mut state["cpuid"])[1..].into(),
+        "CPUID leaf 0x0 differs",
+    );
+    check(&|state| state["nested"] = vec![0; 127].into(), "127 bytes, which cannot be");
+    check(&|state| state["nested"] = vec![0; 128].into(), "128 bytes, which cannot be");
 }

@@ -239,3 +239,14 @@ fn nobody_else_may_read_a_snapshot() {
         assert_eq!(std::fs::metadata(name).unwrap().mode() & 0o777, 0o600);
     }
 }
+
+#[test]
+fn nothing_of_what_a_killed_writer_left_comes_into_a_snapshot() {
+    let directory = TempDir::new().unwrap();
+    for name in ["state.partial", "memory.partial"] {
+        std::fs::write(directory.path().join(name), vec![0xa5; 2 * RAM as usize]).unwrap();
+    }
+    save(directory.path(), "new").unwrap();
+    assert_eq!(load(directory.path()).as_deref(), Some("new"));
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+}

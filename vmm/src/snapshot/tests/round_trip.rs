@@ -98,7 +98,7 @@ fn ranges_of_ram_lie_behind_each_other_in_the_file() {
 fn what_becomes_of_the_files_afterwards_does_not_reach_a_template() {
     let (targets, header) = write_full(ram_with(&[(0x1000, "kept")]).ram());
     let template = template(&[(&header, &targets.memory)]).unwrap();
-    let memory = Memory::map(&template).unwrap();
+    let memory = Memory::map(Backing::private(&template).unwrap()).unwrap();
     targets.memory.write_all_at(b"evil", 0x1000).unwrap();
     targets.memory.set_len(0).unwrap();
     let mut word = [0; 4];

@@ -97,7 +97,8 @@ impl AuditedQueue {
             table: queue.desc_table(),
             available: queue.avail_ring(),
             used: queue.used_ring(),
-            next: 0,
+            // Of a driver that runs already, in a restored machine, what the device has not taken yet is new.
+            next: queue.next_avail(),
             broken: false,
             owners: vec![None; queue.size().into()],
             chains: std::iter::repeat_with(|| None).take(queue.size().into()).collect(),

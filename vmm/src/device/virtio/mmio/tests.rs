@@ -4,7 +4,8 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::bus::Device;
-use crate::device::ioapic::{IoApic, Msi, MsiSink};
+use crate::device::ioapic::{IoApic, Msi, MsiSink, PINS};
+use crate::device::virtio::SavedDevice;
 
 const FEATURE: u64 = 1 << 3;
 
@@ -14,6 +15,7 @@ struct Fake {
     kicks: Vec<u16>,
     resets: u32,
     broken: bool,
+    positions: Vec<Option<RingPosition>>,
 }
 
 impl VirtioDevice for Fake {
@@ -39,6 +41,29 @@ impl VirtioDevice for Fake {
     }
     fn needs_reset(&self) -> bool {
         self.broken
+    }
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        self.positions.clone()
+    }
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Rng
+    }
+    fn restore(
+        &mut self,
+        _: &SavedDevice,
+        driver: Option<Driver>,
+        needs_reset: bool,
+    ) -> Result<(), RestoreError> {
+        self.broken = needs_reset;
+        if let Some(driver) = driver {
+            let position = |queue: &Queue| RingPosition {
+                next_available: queue.next_avail(),
+                next_used: queue.next_used(),
+            };
+            self.positions = driver.queues.iter().map(|q| Some(position(&q.queue))).collect();
+            self.activate(driver);
+        }
+        Ok(())
     }
     fn reset(&mut self) {
         self.resets += 1;
@@ -222,4 +247,86 @@ fn junk_in_registers_hurts_nobody() {
     write(&mut mmio, QUEUE_NOTIFY, 0x1_0001);
     assert!(mmio.device.kicks.iter().all(|index| *index < 2));
     assert!(mmio.device.activations.is_empty());
+}
+
+/// A device whose driver runs, with two of its queues in use.
+fn running() -> Mmio<Fake> {
+    let mut mmio = mmio();
+    features_ok(&mut mmio, F_VERSION_1 | FEATURE);
+    for (queue, at) in [(0, 0x1000), (1, 0x4000)] {
+        write(&mut mmio, 0x30, queue);
+        write(&mut mmio, 0x38, 64);
+        for (offset, at) in [(0x80, at), (0x90, at + 0x1000), (0xa0, at + 0x2000)] {
+            write(&mut mmio, offset, at);
+        }
+        write(&mut mmio, 0x44, 1);
+    }
+    driver_ok(&mut mmio);
+    let position = |next_available, next_used| Some(RingPosition { next_available, next_used });
+    mmio.device.positions = vec![position(7, 5), position(65535, 65530)];
+    mmio
+}
+
+#[test]
+fn a_restored_device_has_its_driver_its_positions_and_its_interrupt() {
+    let mut mmio = running();
+    let saved = mmio.save();
+    let sent = Arc::new(Nowhere::default());
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let ioapic = Arc::new(IoApic::new(Box::new(sent.clone())));
+    let mut other = Mmio::new(Fake::default(), ram, Pin::new(&ioapic, 5), false);
+    // Unmasked, so that a signal is sent on.
+    let (entries, pending) = ([0x41_u64; PINS], [false; PINS]);
+    let unmasked =
+        serde_json::json!({"select": 0, "id": 0, "entries": entries, "pending": pending});
+    ioapic.restore(&serde_json::from_value(unmasked).unwrap());
+    other.restore(&saved).unwrap();
+    assert_eq!(other.device.activations, [(F_VERSION_1 | FEATURE, vec![true, true])]);
+    assert_eq!(other.device.positions, mmio.device.positions);
+    for offset in (0..0xb0).step_by(4).filter(|offset| *offset != 0x30) {
+        assert_eq!(read(&mut other, offset), read(&mut mmio, offset), "{offset:#x}");
+    }
+    assert_eq!(format!("{:?}", other.save()), format!("{saved:?}"));
+    // By the fake's activation, and because the first interrupt was never acknowledged.
+    assert_eq!(*sent.0.lock().unwrap(), 2);
+    // As far as its driver had come, it may go on, and no further back.
+    write(&mut other, 0x38, 32);
+    assert_eq!(other.refused_writes(), 1);
+}
+
+impl MsiSink for Arc<Nowhere> {
+    fn send(&self, pin: usize, msi: Msi) {
+        (**self).send(pin, msi);
+    }
+}
+
+#[test]
+fn what_no_driver_could_have_written_is_refused() {
+    let whole = serde_json::to_value(running().save()).unwrap();
+    let check = |place: &str, value: serde_json::Value, expected: Option<RestoreError>| {
+        let mut changed = whole.clone();
+        *changed.pointer_mut(place).unwrap_or_else(|| panic!("{place}")) = value;
+        let saved: SavedMmio = serde_json::from_value(changed).unwrap();
+        assert_eq!(mmio().restore(&saved).err(), expected, "{place}");
+    };
+    let all = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+    check("/status", all.into(), None);
+    check("/status", (all | FAILED).into(), None);
+    check("/status", 0.into(), None);
+    for status in [DRIVER, ACKNOWLEDGE | FEATURES_OK, all | NEEDS_RESET, u32::MAX] {
+        check("/status", status.into(), Some(RestoreError::Registers));
+    }
+    check("/driver_features", FEATURE.into(), Some(RestoreError::Registers));
+    check("/driver_features", (F_VERSION_1 | 1 << 50).into(), Some(RestoreError::Registers));
+    check("/queues", serde_json::json!([]), Some(RestoreError::Registers));
+    for size in [0, 3, 256, 65535] {
+        check("/queues/0/size", size.into(), Some(RestoreError::Queue));
+    }
+    for (ring, address) in [("descriptors", 8), ("available", 1), ("used", 2)] {
+        check(&format!("/queues/1/{ring}"), address.into(), Some(RestoreError::Queue));
+    }
+    let (here, there) = (F_VERSION_1 | FEATURE, F_VERSION_1);
+    check("/offered_features", there.into(), Some(RestoreError::Features(there, here)));
+    let disk = serde_json::json!({"Block": {"capacity": 512}});
+    check("/device", disk, Some(RestoreError::Kind("disk", "rng")));
 }

@@ -182,6 +182,27 @@ impl TestDriver {
         driver
     }
 
+    /// Has the driver and its RAM go on with another device, as after a restore.
+    pub fn continue_with(&mut self, mut vsock: Vsock) {
+        let (saved, positions) = (self.vsock.save(), self.vsock.positions());
+        let queues = (0..).zip(positions).map(|(index, position)| {
+            let (_, mut queue) = TestQueue::new(index);
+            let position = position.expect("the device uses all queues");
+            queue.set_next_avail(position.next_available);
+            queue.set_next_used(position.next_used);
+            queue.into()
+        });
+        let driver = Driver {
+            ram: self.ram.clone(),
+            features: F_VERSION_1 | if self.event_idx { F_EVENT_IDX } else { 0 },
+            queues: queues.collect(),
+            interrupt: self.interrupts.clone(),
+        };
+        vsock.restore(&saved, Some(driver), false).unwrap();
+        self.vsock = vsock;
+        self.run_backend();
+    }
+
     /// Posts `count` more buffers for packets to the guest.
     pub fn post(&mut self, count: u16) {
         for _ in 0..count {

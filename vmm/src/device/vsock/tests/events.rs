@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::EVENT_QUEUE;
 use super::super::testing::EVENT_BUFFERS;
 use super::*;
 use crate::device::virtio::VirtioDevice;
@@ -46,13 +47,23 @@ fn a_transport_reset_ends_all_connections_and_tells_the_guest() {
     assert_eq!((read_all(&open), read_all(&pending)), (vec![], vec![]));
     assert_eq!((driver.connections(), driver.watched()), (0, before));
 
-    // What the guest still sends on the old connection is a stranger's, and new ones work.
+    // Nothing overtakes the event: the guest gets packets again once it has posted another buffer for events.
+    let early = driver.vsock.connector().connect(GuestPort(1)).unwrap();
     driver.send_data(key, b"late");
+    driver.run_backend();
+    driver.expect_silence();
+    assert!(!driver.backend_is_ready(), "it is the guest's move");
+    driver.post_event_buffer(64);
+    driver.vsock.handle_queue(EVENT_QUEUE as u16);
+
+    // What the guest still sends on the old connection is a stranger's, and new ones work.
     driver.expect(Op::Reset);
+    driver.expect(Op::Request);
     let (stream, key) = connected(&mut driver);
     driver.send_data(key, b"new");
     assert_eq!(read_exact(&stream, 3), b"new");
     assert!(!driver.vsock.needs_reset());
+    drop(early);
 }
 
 #[test]
@@ -94,6 +105,28 @@ fn an_event_waits_for_a_buffer_and_takes_what_was_opened_meanwhile_with_it() {
         driver.run_backend();
         assert_eq!(take_event(&mut driver), None);
     }
+}
+
+#[test]
+fn a_restored_device_tells_the_guest_before_anything_else() {
+    let mut driver = TestDriver::new(pathless());
+    driver.post_event_buffer(4);
+    let (_stream, key) = connected(&mut driver);
+    driver.add(driver.header(key, Op::CreditRequest), &[]);
+
+    // The guest and its RAM stay, the device is another one.
+    let other = pathless();
+    let client = other.connector().connect(GuestPort(7)).unwrap();
+    driver.continue_with(other);
+    assert_eq!(take_event(&mut driver), Some(0));
+    driver.expect_silence();
+    driver.post_event_buffer(4);
+    driver.vsock.handle_queue(EVENT_QUEUE as u16);
+    // The packet of an earlier connection has no other answer, and the client's request comes from a port of its own.
+    driver.expect(Op::Reset);
+    let (request, _) = driver.expect(Op::Request);
+    assert_eq!((request.dst_port, request.src_port), (7, key.host.0 + 1));
+    drop(client);
 }
 
 #[test]

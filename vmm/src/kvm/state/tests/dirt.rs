@@ -5,7 +5,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::super::{MSR_TSC, MSR_TSC_DEADLINE, entry, read_msrs};
+use super::super::msrs::{MSR_TSC, MSR_TSC_DEADLINE, entry, read_msrs};
 
 /// What cannot be had at once: the two kinds of timer, the two modes of the local APIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

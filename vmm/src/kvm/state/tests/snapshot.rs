@@ -5,7 +5,7 @@ use std::fmt::Debug;
 
 use kvm_ioctls::VcpuFd;
 
-use super::super::{PV_MSRS, generic_msrs, is_clock, read_msrs};
+use super::super::msrs::{PV_MSRS, generic_msrs, is_clock, read_msrs};
 use super::dirt;
 use crate::kvm::pmu;
 

@@ -6,7 +6,9 @@ use crate::device::ioapic::{IoApic, Msi, MsiSink, Pin};
 use crate::device::virtio::chain::{Chain, Direction};
 use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::device::virtio::ring::Ring;
-use crate::device::virtio::{Driver, F_VERSION_1, VirtioDevice};
+use crate::device::virtio::{
+    Driver, F_VERSION_1, RestoreError, RingPosition, SavedDevice, VirtioDevice,
+};
 
 /// A device with vsock's type and one queue, from which it takes a chain when `takes` says so.
 #[derive(Default)]
@@ -35,6 +37,21 @@ impl VirtioDevice for Taker {
         if self.takes {
             self.take();
         }
+    }
+    fn positions(&self) -> Vec<Option<RingPosition>> {
+        vec![self.ring.as_ref().map(|(ring, _)| ring.position())]
+    }
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Rng
+    }
+    fn restore(
+        &mut self,
+        _: &SavedDevice,
+        driver: Option<Driver>,
+        _: bool,
+    ) -> Result<(), RestoreError> {
+        driver.into_iter().for_each(|driver| self.activate(driver));
+        Ok(())
     }
     fn reset(&mut self) {
         self.ring = None;
