@@ -74,7 +74,7 @@ fn the_readme_names_only_options_that_exist() {
 #[test]
 fn architecture_lists_the_system_calls_of_the_filters() {
     let text = read("ARCHITECTURE.md");
-    for (kind, firecracker) in ThreadKind::ALL.into_iter().zip([31, 50, 27, 50]) {
+    for (kind, firecracker) in ThreadKind::ALL.into_iter().zip([31, 50, 27, 50, 31, 50]) {
         let rules = RULES.iter().filter(|rule| rule.thread == kind && !rule.assertions);
         let calls: BTreeSet<_> = rules.map(|rule| rule.call).collect();
         let names: Vec<_> = calls.iter().map(|name| format!("`{name}`")).collect();

@@ -5,6 +5,8 @@
 /// How tests run the program, make guests and read what they say.
 mod harness;
 
+/// `api`: Firecracker's interface over HTTP, and our own beside it.
+mod api;
 /// An agent that is after its monitor: the next life is clean, and nothing grows.
 mod attacks;
 /// Wrong usage and wrong input: one line, exit status 2, nothing left.
@@ -39,6 +41,8 @@ mod hostile;
 mod jail;
 /// `cleanslate lab`, and in it our own agent on hardware virtualization.
 mod lab;
+/// `launch`: sandboxes do jobs, are recycled if they prove to be clean, and thrown away if not.
+mod launches;
 /// Jailed launches leave nothing behind, whoever is killed.
 mod leftovers;
 /// Linux as a guest, in the lab.
@@ -59,6 +63,8 @@ mod snapshot;
 mod snapshot_command;
 /// `soak`: many machines at random moments, whatever happens to their processes.
 mod soak;
+/// `launch` when somebody is killed, stops, or never ends.
+mod storms;
 /// Bytes in either direction, on connections that either side has opened.
 mod transfers;
 /// Host clients and the guest over vsock, in Firecracker's socket convention.

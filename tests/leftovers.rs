@@ -16,10 +16,10 @@ const LAUNCHES: u32 = 500;
 const MARK: &str = "leftovers-test";
 
 /// A small generator (xorshift64): random moments that are the same in each run of the test.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -28,7 +28,7 @@ impl Random {
 }
 
 /// The numbers of all processes whose command line has `mark`: a jailed process and a janitor have their caller's.
-fn processes(mark: &str) -> Vec<i32> {
+pub fn processes(mark: &str) -> Vec<i32> {
     let numbers = fs::read_dir("/proc").unwrap().filter_map(|entry| {
         entry.unwrap().file_name().to_str().and_then(|name| name.parse::<i32>().ok())
     });

@@ -156,7 +156,8 @@ impl Jail {
         if rootless && !rustix::process::getgroups().is_ok_and(|groups| groups.is_empty()) {
             lacks.push("supplementary groups stay, since only root can drop them".into());
         }
-        let (mask, signals) = (SignalMask::now(), None);
+        // Those that the caller takes from a descriptor may come to the process.
+        let (mask, signals) = (SignalMask::now_without(&HANDED_ON), None);
         Ok(Prepared { jail: self, cgroup, rootless, lacks, mask, signals, ward })
     }
 

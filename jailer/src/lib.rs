@@ -40,5 +40,5 @@ pub use network::Network;
 pub use program::Program;
 pub use root::{Mount, Root};
 pub use running::{End, Running};
-pub use sys::landlock_version;
+pub use sys::{SignalFd, landlock_version};
 pub use user::User;

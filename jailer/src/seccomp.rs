@@ -40,11 +40,16 @@ pub enum ThreadKind {
     Vcpu,
     /// Waits for a disk.
     Disk,
+    /// Talks HTTP with clients; in a process of its own.
+    Http,
+    /// Waits for the end of what serves RAM's pages.
+    Pages,
 }
 
 impl ThreadKind {
     /// All of them, in the order of the filters.
-    pub const ALL: [Self; 4] = [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk];
+    pub const ALL: [Self; 6] =
+        [Self::Main, Self::EventLoop, Self::Vcpu, Self::Disk, Self::Http, Self::Pages];
 }
 
 impl fmt::Display for ThreadKind {
@@ -54,6 +59,8 @@ impl fmt::Display for ThreadKind {
             Self::EventLoop => "the event loop's thread",
             Self::Vcpu => "a vCPU's thread",
             Self::Disk => "a disk's thread",
+            Self::Http => "the API's HTTP thread",
+            Self::Pages => "the page server's thread",
         })
     }
 }

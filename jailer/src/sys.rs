@@ -142,12 +142,15 @@ pub(crate) fn let_children_be_waited_for() {
 pub(crate) struct SignalMask(libc::sigset_t);
 
 impl SignalMask {
-    /// Those that are blocked now.
-    pub fn now() -> Self {
+    /// Those that are blocked now, but for `signals`.
+    pub fn now_without(signals: &[c_int]) -> Self {
         let mut now = MaybeUninit::uninit();
-        // SAFETY: without a set the call changes nothing, and initialises `now`.
+        // SAFETY: without a set the call changes nothing, and initialises `now`, which is read and changed after that.
         unsafe {
             libc::sigprocmask(libc::SIG_BLOCK, std::ptr::null(), now.as_mut_ptr());
+            signals.iter().for_each(|signal| {
+                libc::sigdelset(now.as_mut_ptr(), *signal);
+            });
             Self(now.assume_init())
         }
     }
@@ -161,10 +164,10 @@ impl SignalMask {
 
 /// Signals that a waiting process takes from a descriptor instead of being interrupted by them.
 #[derive(Debug)]
-pub(crate) struct SignalFd {
+pub struct SignalFd {
     fd: OwnedFd,
     /// How it was before.
-    pub before: SignalMask,
+    pub(crate) before: SignalMask,
 }
 
 impl SignalFd {

@@ -1,6 +1,7 @@
 //! Runs the built program and shows everything about a run that did not go as expected.
 
 pub mod agent;
+pub mod api;
 pub mod browser;
 pub mod client;
 pub mod guest;

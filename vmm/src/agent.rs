@@ -114,12 +114,14 @@ impl Agent {
         }
     }
 
-    /// Asks for the state that a reset restores, as it was before this life changed it.
+    /// Asks for the state that a reset restores, as it was before this life changed it; for that of RAM behind the agent's
+    /// image if `ram` is wanted.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub fn state(&mut self) -> Result<(Vec<StateReading>, CheckTicks), AgentError> {
-        match self.ask(&Request::GetState)? {
+    pub fn state(&mut self, ram: bool) -> Result<(Vec<StateReading>, CheckTicks), AgentError> {
+        let request = if ram { Request::GetState } else { Request::GetStateBesideRam };
+        match self.ask(&request)? {
             Reply::State(readings, ticks) => Ok((readings, ticks)),
             other => Err(unexpected(&other)),
         }

@@ -14,7 +14,7 @@ mod pmu;
 mod pv_msrs;
 pub mod report;
 pub mod runner;
-mod vmcs_fields;
+pub mod vmcs_fields;
 pub mod vmrun;
 
 use serde::Serialize;

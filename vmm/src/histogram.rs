@@ -46,6 +46,19 @@ impl Histogram {
         self.counts.iter().map(|(floor, count)| (*floor, ceiling(*floor) + 1, *count))
     }
 
+    /// About `wanted` bars of equal width that hold all but the last per cent, and that width.
+    pub fn bars(&self, wanted: u64) -> (Vec<u64>, u64) {
+        let end = self.per_mille(990).unwrap_or(0) + 1;
+        let width = (end / wanted).max(1);
+        let mut bars = vec![0; (end / width + 1) as usize];
+        for (from, to, count) in self.buckets().filter(|(from, ..)| *from < end) {
+            if let Some(bar) = bars.get_mut(((from + to) / 2 / width) as usize) {
+                *bar += count;
+            }
+        }
+        (bars, width)
+    }
+
     /// Adds all of another.
     pub fn merge(&mut self, other: &Self) {
         for (floor, count) in &other.counts {

@@ -1,8 +1,9 @@
 //! KVM behind types of our own: the only modules that name the KVM crates.
 //!
 //! `vm` is a machine, `vcpu` a processor, `state` what a reset puts back, `tsc` its clock, `unhalted` the same without the
-//! time that it slept, `cpuid` and `pmu` what the guest may know, `msr_exits` which registers it has from the monitor, `irq`
-//! how devices reach it, `coalesced` which writes wait, `dirty_log` which pages are written, `host` what this host is, `capability` what its KVM can. `bare` is a
+//! time that it slept, `cpuid` and `pmu` what the guest may know, `template` what of that a user changes, `msr_exits` which
+//! registers it has from the monitor, `irq` how devices reach it, `coalesced` which writes wait, `dirty_log` which pages are
+//! written, `host` what this host is, `capability` what its KVM can. `bare` is a
 //! machine to look at KVM with, `nested` what that does for hypervisors in guests.
 
 pub mod bare;
@@ -17,6 +18,7 @@ pub mod msr_exits;
 pub mod nested;
 pub mod pmu;
 pub mod state;
+pub mod template;
 pub mod tsc;
 pub mod unhalted;
 pub mod vcpu;
@@ -67,6 +69,9 @@ pub enum KvmError {
         /// What it said.
         source: io::Error,
     },
+    /// A user wants what this KVM does not give.
+    #[error(transparent)]
+    Template(template::TemplateError),
     /// A register could not be put back; the machine would carry state of its earlier life.
     #[error("put back MSR {index:#x}: KVM refused the value {value:#x} that it had")]
     Msr {

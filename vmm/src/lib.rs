@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod agent;
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod cli;
@@ -19,6 +20,7 @@ pub mod histogram;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod lab;
+pub mod launch;
 pub mod layout;
 pub mod lifecycle;
 pub mod machine;
@@ -26,6 +28,7 @@ pub mod machine;
 pub mod memory;
 pub mod page;
 pub mod probe;
+pub mod progress;
 pub mod sandbox;
 pub mod schedule;
 pub mod snapshot;

@@ -20,9 +20,10 @@ pub use trace::Trace;
 pub enum ResidueCheck {
     /// Not at all.
     Off,
-    /// Everything has to be as it was at power-on, whatever the life before did to it.
+    /// Everything has to be as it was at power-on, whatever the life before did to it. RAM behind the agent's image is not
+    /// looked at: that would be more work than all the rest, and give each machine all of its RAM.
     Compare,
-    /// The same, and all of it is poisoned before each reset.
+    /// The same with RAM, and all of it is poisoned before each reset.
     Poison,
 }
 
@@ -170,8 +171,10 @@ impl Leader<'_> {
         agent: Agent,
     ) -> Result<Result<Beginning, Life>, LifecycleError> {
         let step = Step { cause: Cause::Host, moment: Moment::Quiet, delay: Duration::ZERO };
-        let reset = self.reset(agent, step);
-        let (record, next) = self.settle(record_of(life), reset)?;
+        let mut record = record_of(life);
+        let mut agent = agent;
+        let reset = self.dirty(&mut agent, &mut record).and_then(|()| self.reset(agent, step));
+        let (record, next) = self.settle(record, reset)?;
         Ok(next.ok_or(record))
     }
 
@@ -274,7 +277,8 @@ impl Leader<'_> {
 
     /// The first thing that a life is asked.
     fn look_for_residue(&mut self, agent: &mut Agent, record: &mut Life) -> Result<(), Trouble> {
-        let state = agent.state().map_err(|error| self.explain(error, FailureKind::NoReport));
+        let ram = self.plan.residue == ResidueCheck::Poison;
+        let state = agent.state(ram).map_err(|error| self.explain(error, FailureKind::NoReport));
         let (state, ticks) = state?;
         record.look_ticks = Some(ticks);
         match &self.power_on {

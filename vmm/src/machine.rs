@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::Cause;
 
 pub use build::launch;
-pub use config::{Config, ConfigError, ResetPolicy};
+pub use config::{Config, ConfigError, MAX_MEM_MIB, MIN_MEM_MIB, MOST_DISKS, ResetPolicy};
 pub use interrupts::Interrupts;
 pub use resources::Resources;
 pub use saved::{Description, GuestKind, MachineState, Restore, RestoreError};

@@ -6,6 +6,7 @@
 mod backing;
 mod image;
 mod page_set;
+pub mod paging;
 mod part;
 mod pieces;
 mod template;

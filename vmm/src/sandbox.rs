@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 
 pub use channel::{Channel, ChannelError, MOST_DESCRIPTORS};
 pub use protocol::{Answer, Ended, Found, Judged, Order};
-pub use worker::{Guidance, WorkerError, serve};
+pub use worker::{Guidance, WorkerError, refuse, serve};
 
 /// The outside of a sandbox.
 #[derive(Debug)]

@@ -10,7 +10,6 @@ pub mod line;
 pub mod merge;
 pub mod plan;
 pub mod process;
-pub mod progress;
 pub mod record;
 pub mod report;
 mod slot;

@@ -106,7 +106,7 @@ impl Agent {
                 Reply::Refused("Linux sends itself no NMI at a program's wish".into())
             }
             Request::Probe(_) => Reply::Refused("Linux lets no program try that".into()),
-            Request::GetState | Request::Poison | Request::Hold => {
+            Request::GetState | Request::GetStateBesideRam | Request::Poison | Request::Hold => {
                 Reply::Refused("Linux's registers are not the agent's to poison".into())
             }
             Request::Job { .. } | Request::Identify => {

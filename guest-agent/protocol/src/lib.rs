@@ -19,7 +19,7 @@ mod residue;
 pub use device::{DiskAnswer, DiskDescription, DiskRequest, MAX_DISK_BYTES, Sweep};
 pub use message::{
     Cause, ConnectError, GuestReset, Hello, Identity, MAX_JOB_BYTES, ParseCauseError, Probe,
-    Probed, Reply, Request, Transfer, Transferred,
+    Probed, Reply, Request, Transfer, Transferred, VmcsFields,
 };
 pub use pattern::Pattern;
 pub use report::{

@@ -96,6 +96,8 @@ pub enum Request {
     },
     /// Say who you are among clones.
     Identify,
+    /// The same as [`Request::GetState`] without what RAM holds. Looking at that gives the machine all of its RAM.
+    GetStateBesideRam,
 }
 
 /// Longest input and longest output of a job, in bytes: a frame holds them, and its name.
@@ -117,6 +119,23 @@ pub struct Identity {
 pub enum Probe {
     /// `vmrun` of an empty control block, which has to fail (AMD64 Architecture Programmer's Manual volume 2, section 15.5.1).
     FailedVmrun,
+    /// `vmread` of every field that there could be (Intel SDM volume 3, appendix B).
+    VmcsFields,
+}
+
+/// Which fields of a VMCS can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmcsFields {
+    /// IA32_VMX_VMCS_ENUM as the guest reads it.
+    pub vmcs_enum: u64,
+    /// How many.
+    pub readable: u32,
+    /// The encoding of the one with the highest index.
+    pub highest: u32,
+    /// Whether TSC_MULTIPLIER (0x2032) is among them.
+    pub tsc_multiplier: bool,
+    /// The VM-instruction error after a `vmread` of that: 12 for a field that is not supported.
+    pub error: u64,
 }
 
 /// What came of a [`Probe`].
@@ -129,6 +148,8 @@ pub enum Probed {
         /// The same afterwards.
         after: u64,
     },
+    /// Of [`Probe::VmcsFields`].
+    VmcsFields(VmcsFields),
 }
 
 /// Raw bytes in either direction, or in both at the same time: right behind the request those for the guest, right before the
@@ -186,7 +207,7 @@ pub enum Reply {
         /// True if the handler ran.
         delivered: bool,
     },
-    /// To [`Request::GetState`].
+    /// To [`Request::GetState`] and [`Request::GetStateBesideRam`].
     State(Vec<StateReading>, CheckTicks),
     /// To [`Request::Poison`].
     Poisoned(Vec<Poisoning>, CheckTicks),

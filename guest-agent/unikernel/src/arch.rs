@@ -16,3 +16,4 @@ pub mod records;
 pub mod svm;
 pub mod tsc;
 pub mod virtio;
+pub mod vmx;

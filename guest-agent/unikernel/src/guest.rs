@@ -13,10 +13,10 @@ use agent::random::Generator;
 use agent::vsock::Answer;
 use agent_protocol::{
     GuestReset, Hello, Identity, PROTOCOL_VERSION, PmuReport, Probe, Probed, Reply, Report,
-    Request, Timings, VsockReport,
+    Request, Timings, VmcsFields, VsockReport,
 };
 
-use crate::arch::{gate, leave, port, pvh, records, svm, tsc};
+use crate::arch::{gate, leave, port, pvh, records, svm, tsc, vmx};
 use crate::dma;
 use crate::machine_state;
 use crate::virtio::RequestDevices;
@@ -199,6 +199,12 @@ impl Agent {
         }
     }
 
+    /// The state that a reset restores, as it was before this life changed it.
+    fn state(&self, ram: bool) -> Reply {
+        let (readings, ticks) = machine_state::read(&self.params, self.has_avx(), self.events, ram);
+        Reply::State(readings, ticks)
+    }
+
     /// Whether the processor has XSAVE and AVX, and so XCR0 and YMM registers.
     fn has_avx(&self) -> bool {
         const XSAVE_AND_AVX: u32 = 1 << 26 | 1 << 28;
@@ -212,6 +218,15 @@ impl Agent {
         match features & SVM {
             0 => Err("the guest's CPUID has no SVM".into()),
             _ => svm::failed_vmrun(),
+        }
+    }
+
+    fn vmcs_fields(&self) -> Result<VmcsFields, String> {
+        const VMX: u32 = 1 << 5;
+        let features = self.pmu.as_ref().map_or(0, |report| report.cpuid.leaf_1_ecx);
+        match features & VMX {
+            0 => Err("the guest's CPUID has no VMX".into()),
+            _ => vmx::vmcs_fields(),
         }
     }
 
@@ -286,11 +301,8 @@ impl Answer for Agent {
             Request::Reset(reset) => self.reset(reset),
             Request::PowerOff => self.power_off(),
             Request::ArmPmu { overflow_in } => self.arm_pmu(overflow_in),
-            Request::GetState => {
-                let (readings, ticks) =
-                    machine_state::read(&self.params, self.has_avx(), self.events);
-                Reply::State(readings, ticks)
-            }
+            Request::GetState => self.state(true),
+            Request::GetStateBesideRam => self.state(false),
             Request::Poison => {
                 self.poisoned = true;
                 let (poisonings, ticks) = machine_state::poison(&self.params, self.has_avx());
@@ -311,6 +323,10 @@ impl Answer for Agent {
             }
             Request::Probe(Probe::FailedVmrun) => match self.failed_vmrun() {
                 Ok([before, after]) => Reply::Probed(Probed::FailedVmrun { before, after }),
+                Err(why) => Reply::Refused(why),
+            },
+            Request::Probe(Probe::VmcsFields) => match self.vmcs_fields() {
+                Ok(fields) => Reply::Probed(Probed::VmcsFields(fields)),
                 Err(why) => Reply::Refused(why),
             },
             Request::AwaitNmi { seen, ticks } => {

@@ -33,8 +33,14 @@ const CR2_POISON: u64 = 0x1eaf_4000;
 
 /// What has a value at first that the agent did not give it. What the way here changes was saved before, and the agent uses
 /// nothing else of all this.
-/// `has_avx` says whether the processor has XCR0 and YMM registers, `events` are those that the vsock device has sent.
-pub fn read(params: &Params, has_avx: bool, events: u64) -> (Vec<StateReading>, CheckTicks) {
+/// `has_avx` says whether the processor has XCR0 and YMM registers, `events` are those that the vsock device has sent; `ram` whether
+/// it is looked at as well.
+pub fn read(
+    params: &Params,
+    has_avx: bool,
+    events: u64,
+    ram: bool,
+) -> (Vec<StateReading>, CheckTicks) {
     let began = tsc::now();
     let mut readings = residue::read(&mut CpuMsrs);
     let mut add = |item: String, value| readings.push(StateReading { item, value });
@@ -61,9 +67,14 @@ pub fn read(params: &Params, has_avx: bool, events: u64) -> (Vec<StateReading>, 
         add(pin_name(*pin), half.map(u64::from));
     }
     add(EVENTS_NAME.into(), Some(events));
-    let (dirty, ram) = timed(ram::dirty_pages);
-    add(RAM_NAME.into(), Some(dirty));
-    (readings, CheckTicks { state: tsc::now().wrapping_sub(began).wrapping_sub(ram), ram })
+    let mut ram_ticks = 0;
+    if ram {
+        let (dirty, ticks) = timed(ram::dirty_pages);
+        add(RAM_NAME.into(), Some(dirty));
+        ram_ticks = ticks;
+    }
+    let state = tsc::now().wrapping_sub(began).wrapping_sub(ram_ticks);
+    (readings, CheckTicks { state, ram: ram_ticks })
 }
 
 /// What an action returns, and how many ticks it took.

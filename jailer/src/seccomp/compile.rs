@@ -12,7 +12,7 @@ use seccompiler::{
 use serde::Deserialize;
 
 /// Kinds of threads as the data file spells them; a filter's place in the list is its mark.
-pub const THREADS: [&str; 4] = ["main", "event-loop", "vcpu", "disk"];
+pub const THREADS: [&str; 6] = ["main", "event-loop", "vcpu", "disk", "http", "pages"];
 
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
 const ARCHITECTURE: u32 = 0xc000_003e;

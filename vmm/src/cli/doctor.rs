@@ -14,11 +14,13 @@ use super::{Error, jail};
 use crate::boot::Payload;
 use crate::doctor::host::Host;
 use crate::doctor::report::{Finding, Floor, Report, json, table};
+use crate::doctor::vmcs_fields::Features;
 use crate::doctor::{Behaviour, Judgement, Unseen, Verdict, runner, vmrun};
 use crate::exit;
+use crate::kvm;
 use crate::kvm::bare::{InUse, launch_floor};
 use crate::lifecycle::chain;
-use crate::machine::{self, Config};
+use crate::machine::{self, Config, Handle};
 
 /// Look at this host: what its KVM can, and which known faults it has
 ///
@@ -170,7 +172,14 @@ impl Arguments {
     /// What the other process does.
     fn work(&self, task: Task) -> Result<u8, Error> {
         let said = match task {
-            Task::Observe(Behaviour::VmrunExitCode) => return self.observe_vmrun(),
+            Task::Observe(Behaviour::VmrunExitCode) => return self.with_machine(vmrun::observe),
+            Task::Observe(Behaviour::VmcsFields) => match kvm_features() {
+                Ok(features) if features.has_vmx() => {
+                    return self
+                        .with_machine(|machine, timeout| features.with_guest(machine, timeout));
+                }
+                features => said(features.map(Features::alone)),
+            },
             Task::Observe(behaviour) => said(behaviour.observe()),
             Task::LaunchFloor => Said::Seen(serde_json::to_value(measure_floor()?)?),
         };
@@ -179,17 +188,24 @@ impl Arguments {
     }
 
     /// In a jail and in the process of a machine.
-    fn observe_vmrun(&self) -> Result<u8, Error> {
+    fn with_machine(
+        &self,
+        observe: impl FnOnce(&Handle, Duration) -> Result<Value, Unseen>,
+    ) -> Result<u8, Error> {
         let jail = jail::Arguments::plain(self.no_jail);
         let timeout = Duration::from_secs(self.timeout);
         // Only what is wrong enough to fail is of interest here.
         let notice = |_: &str| {};
         jail.run(machine_of_agent(), notice, |config, resources, interrupts| {
             let machine = machine::launch(config, resources, interrupts)?;
-            print(&serde_json::to_string(&said(vmrun::observe(&machine, timeout)))?)?;
+            print(&serde_json::to_string(&said(observe(&machine, timeout)))?)?;
             Ok(exit::CLEAN)
         })
     }
+}
+
+fn kvm_features() -> Result<Features, Unseen> {
+    Features::read(&kvm::open()?)
 }
 
 fn said(observed: Result<Value, Unseen>) -> Said {

@@ -1,6 +1,9 @@
 //! The jail of a command that runs machines: flags to a [`Jail`], and the work in a process that is in it.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use clap::Args;
 use jailer::cgroup::Setting;
@@ -8,9 +11,13 @@ use jailer::{CgroupPlan, End, Id, Jail, Janitor, Mount, Network, ResourceLimit, 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Error, status};
+use crate::api::instance;
 use crate::device::block::WORKERS;
 use crate::device::vsock::SocketFile;
+use crate::exit;
+use crate::lifecycle::chain;
 use crate::machine::{Config, Interrupts, MachineError, Resources};
+use crate::sandbox::{self, Guidance, Sandbox};
 
 /// Where the jail shows the directory of the vsock socket.
 const SOCKETS: &str = "/sockets";
@@ -34,6 +41,15 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["id", "uid", "netns", "cgroup", "parent_cgroup", "resource_limit"])]
     no_jail: bool,
 
+    #[command(flatten)]
+    wishes: Wishes,
+}
+
+/// What the user wants of a jail.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Jail")]
+#[group(skip)]
+pub(super) struct Wishes {
     /// Name of the jail: its control group and its host name [default: made of this process's number]
     #[arg(long, value_name = "ID")]
     id: Option<Id>,
@@ -80,16 +96,7 @@ pub(super) enum EndError {
 impl Arguments {
     /// The jail without any wishes, or none.
     pub fn plain(no_jail: bool) -> Self {
-        Self {
-            no_jail,
-            id: None,
-            uid: None,
-            gid: None,
-            netns: None,
-            cgroup: Vec::new(),
-            parent_cgroup: None,
-            resource_limit: Vec::new(),
-        }
+        Self { no_jail, wishes: Wishes::default() }
     }
 
     /// Opens what `config` names and does `work` with it: in a process of its own that is confined, or, with `--no-jail`,
@@ -120,7 +127,8 @@ impl Arguments {
             return work(&config, add(resources)?, interrupts);
         }
         let config = Config { seccomp: true, ..config };
-        let prepared = self.jail(&config)?.prepare()?;
+        let id = self.wishes.id.clone().unwrap_or_else(Id::of_this_process);
+        let prepared = self.wishes.jail(&config, id)?.prepare()?;
         let (resources, _socket_files) = open(&config, prepared.janitor())?;
         let resources = add(resources)?;
         for lack in prepared.lacks() {
@@ -144,8 +152,74 @@ impl Arguments {
             End::Killed(signal) => Err(EndError::Killed(signal).into()),
         }
     }
+}
 
-    fn jail(&self, config: &Config) -> Result<Jail, Error> {
+impl Wishes {
+    /// Opens what `config` names and has a process that is confined wait for orders to boot it. `console` takes the
+    /// place of standard output there. `filters`: with filters of system calls.
+    pub fn start(
+        &self,
+        config: Config,
+        console: Option<File>,
+        guidance: Guidance,
+        filters: bool,
+        janitor: &Rc<Janitor>,
+        notice: impl Fn(&str),
+    ) -> Result<instance::Machine, Error> {
+        let config = Config { seccomp: filters, ..config };
+        let id = self.id.clone().unwrap_or_else(Id::of_this_process);
+        let prepared = self.jail(&config, id)?.prepare_with(janitor)?;
+        let (resources, files) = open(&config, janitor)?;
+        for lack in prepared.lacks() {
+            notice(&format!("the jail is weaker than it should be: {lack}"));
+        }
+        let (sandbox, socket) = Sandbox::new()?;
+        let process = prepared.start(
+            (resources, socket, console),
+            |(resources, socket, console)| {
+                let mut descriptors = resources.descriptors();
+                descriptors.push(socket.as_fd());
+                descriptors.extend(console.iter().map(AsFd::as_fd));
+                descriptors
+            },
+            |(resources, socket, console), entered| {
+                let catch = || -> Result<Interrupts, Error> {
+                    let inside = entered?;
+                    if let Some(console) = console {
+                        rustix::stdio::dup2_stdout(&console)?;
+                    }
+                    let interrupts = Interrupts::catch()?.and_transport_resets()?;
+                    inside.let_signals_come();
+                    jailer::seccomp::catch_violations(inside.report)
+                        .map_err(MachineError::host("catch forbidden system calls"))?;
+                    Ok(interrupts)
+                };
+                match catch() {
+                    Ok(interrupts) => {
+                        crate::memory::warm_heap();
+                        let resources = resources.with_sockets_in(Path::new(SOCKETS));
+                        // Whoever gives the orders is told why.
+                        let served =
+                            sandbox::serve(socket, &config, guidance, resources, interrupts);
+                        u8::from(served.is_err())
+                    }
+                    Err(error) => {
+                        sandbox::refuse(socket, chain(&*error));
+                        exit::USAGE_OR_HOST
+                    }
+                }
+            },
+        )?;
+        Ok(instance::Machine { sandbox, process, files })
+    }
+
+    /// The jail's name, if one is wanted.
+    pub fn id(&self) -> Option<&Id> {
+        self.id.as_ref()
+    }
+
+    /// The jail of the machine of `config`.
+    pub fn jail(&self, config: &Config, id: Id) -> Result<Jail, Error> {
         let user = match &self.uid {
             Some(user) => Some(User::find(user, self.gid.as_deref())?),
             None => None,
@@ -163,7 +237,7 @@ impl Arguments {
         let disk_threads = (config.disks.len() * WORKERS) as u64;
         let limits = [ResourceLimit::NO_CORE, ResourceLimit::descriptors(DESCRIPTORS)];
         Ok(Jail {
-            id: self.id.clone().unwrap_or_else(Id::of_this_process),
+            id,
             user,
             network,
             new_pid_namespace: true,

@@ -120,8 +120,8 @@ impl Behaviour {
         self != Self::Mdev
     }
 
-    /// Looks at this host, as JSON of a type that [`Self::judge`] knows. [`Self::VmrunExitCode`] takes a machine with an agent:
-    /// [`vmrun::observe`].
+    /// Looks at this host, as JSON of a type that [`Self::judge`] knows. [`Self::VmrunExitCode`] and
+    /// [`Self::VmcsFields`] take a machine with an agent: [`vmrun::observe`], [`vmcs_fields::Features`].
     ///
     /// # Errors
     /// [`Unseen`].
@@ -131,13 +131,12 @@ impl Behaviour {
         }
         let (kvm, module) = (kvm::open()?, Module::read());
         Ok(match self {
-            Self::VmcsFields => json(&vmcs_fields::observe(&kvm)?),
             Self::PvMsrs => json(&pv_msrs::observe(&kvm, module)?),
             Self::CpuidInL2 => json(&l2::observe(&kvm)?),
             Self::CpuidAfterRun => json(&after_run::observe(&kvm)?),
             Self::PmuOff => json(&pmu::observe(&kvm, module)?),
             Self::NmiCancel => json(&nmis::observe(&kvm)?),
-            Self::VmrunExitCode | Self::Mdev => {
+            Self::VmcsFields | Self::VmrunExitCode | Self::Mdev => {
                 return Err(Unseen::here("another one observes it"));
             }
         })

@@ -30,15 +30,24 @@ pub(super) struct Observed {
 /// # Errors
 /// [`Unseen`].
 pub fn observe(machine: &Handle, timeout: Duration) -> Result<Value, Unseen> {
-    let stream = machine.connect(GuestPort(AGENT_PORT));
-    let stream = stream.map_err(|error| Unseen::here(format!("connect to the agent: {error}")))?;
-    let probed = Agent::greet(stream, timeout)
-        .and_then(|mut agent| agent.probe(Probe::FailedVmrun))
-        .map_err(|error| Unseen::here(chain(&error)))?;
-    match probed {
+    match probe(machine, timeout, Probe::FailedVmrun)? {
         Ok(Probed::FailedVmrun { before, after }) => Ok(json(&Observed { before, after })),
+        Ok(other) => Err(Unseen::Here(format!("the agent answered something else: {other:?}"))),
         Err(why) => Err(Unseen::Here(why)),
     }
+}
+
+/// Has the agent of `machine` try something on its processor; the inner `Err` is why it cannot.
+pub(super) fn probe(
+    machine: &Handle,
+    timeout: Duration,
+    what: Probe,
+) -> Result<Result<Probed, String>, Unseen> {
+    let stream = machine.connect(GuestPort(AGENT_PORT));
+    let stream = stream.map_err(|error| Unseen::here(format!("connect to the agent: {error}")))?;
+    Agent::greet(stream, timeout)
+        .and_then(|mut agent| agent.probe(what))
+        .map_err(|error| Unseen::here(chain(&error)))
 }
 
 pub(super) fn judge(observed: &Observed) -> Judgement {

@@ -65,6 +65,14 @@ const USED: [(u32, &str, &str); 15] = [
     (KVM_CAP_NESTED_STATE, "NESTED_STATE", "nobody sees what guests of guests do"),
 ];
 
+/// Whether no machine can be built without the capability of this number.
+pub fn is_needed(number: u32) -> bool {
+    let needed = |(known, _, cost): &(u32, &str, &str)| {
+        *known == number && [NO_MACHINE, NO_RESET].contains(cost)
+    };
+    USED.iter().any(needed)
+}
+
 /// Asks for all that this program uses.
 pub fn used(kvm: &Kvm) -> Vec<Capability> {
     let ask = |&(number, name, cost): &(u32, &'static str, &'static str)| Capability {

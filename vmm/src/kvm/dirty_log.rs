@@ -31,4 +31,4 @@ pub(super) fn take(vm: &VmFd, memory: &Memory) -> Result<PageSet, KvmError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

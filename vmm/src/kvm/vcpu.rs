@@ -18,6 +18,7 @@ use super::coalesced::CoalescedWrites;
 use super::msr_exits::{MsrRead, MsrWrite};
 use super::pmu::PmuAbsence;
 use super::state::{PowerOnState, StateError, VcpuState};
+use super::template::MsrChange;
 use super::tsc::TscOffset;
 use super::unhalted::UnhaltedClock;
 use crate::fault::Faults;
@@ -148,6 +149,14 @@ impl Vcpu {
         let run_page = RunPage::map(&fd)
             .map_err(|source| KvmError::Request { action: "map a vCPU's page", source })?;
         Ok(Self { fd, cpuid, id, run_page: Arc::new(run_page) })
+    }
+
+    /// Makes the changes of MSRs that a user wants. Comes before [`Vcpu::power_on`], so that each reset makes them too.
+    ///
+    /// # Errors
+    /// [`TemplateError`](super::template::TemplateError), as a [`KvmError`].
+    pub fn change_msrs(&self, changes: &[MsrChange]) -> Result<(), KvmError> {
+        changes.iter().try_for_each(|change| change.make(&self.fd))
     }
 
     /// Gives the vCPU its registers for the first instruction and captures the result, for resets that leave out what `faults`

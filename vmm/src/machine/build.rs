@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::event_loop::{EventLoop, EventLoopThread};
 use super::events::{EventReceiver, events};
 use super::pmu::VcpuPmu;
+use super::resources::Origin;
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
@@ -36,7 +37,7 @@ use crate::kvm::pmu::{self, PmuPolicy};
 use crate::kvm::state;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
-use crate::kvm::{CpuId, Kvm, cpuid};
+use crate::kvm::{CpuId, Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
 use crate::memory::{Backing, Memory, Template};
 
@@ -51,10 +52,10 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, image, listener, disks, template, .. } = resources;
-    let restore = config.restore.as_ref().zip(template);
-    if let Some((restore, template)) = &restore {
-        restore.check(config, template.bytes())?;
+    let Resources { kvm, module, origin, listener, disks, snapshot, .. } = resources;
+    let restore = config.restore.as_ref().zip(snapshot);
+    if let Some((restore, snapshot)) = &restore {
+        restore.check(config, snapshot.bytes())?;
     }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
@@ -64,6 +65,7 @@ pub fn launch(
     let thread = EventLoopThread::spawn(config.seccomp)?;
     let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
     config.check_kvm(kind)?;
+    config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
     let mut identity = host_identity(&supported, kind);
     let emulates_pmu = config.pmu == PmuPolicy::Emulated;
     if emulates_pmu {
@@ -71,10 +73,11 @@ pub fn launch(
         let globals = shape.has_globals().then_some(shape.counters());
         pmu::show_amd(&mut supported, shape.has_core(), globals)?;
     }
+    config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
-    let snapshot = restore.as_ref().map(|(_, template)| template);
+    let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
     let Built { vm, memory, entry, boot } =
-        build_vm(config, (image, snapshot), &kvm, (module, kind), vcpu_count)?;
+        build_vm(config, (origin, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
     }
@@ -101,6 +104,7 @@ pub fn launch(
             });
             surroundings.coalesced = vm.coalesce_writes(&vcpu, ranges)?;
         }
+        vcpu.change_msrs(&config.cpu_template.msrs)?;
         let power_on = vcpu.power_on(&kvm, entry, vm.pmu_absence(), &config.faults)?;
         let pmu = if emulates_pmu { Some(emulated_pmu(config, &vcpu)?) } else { None };
         let thread = VcpuThread::spawn(vcpu, id, pmu, surroundings.clone(), config.seccomp)
@@ -211,12 +215,12 @@ struct Built {
 
 fn build_vm(
     config: &Config,
-    (image, snapshot): (Image, Option<&Template>),
+    (origin, snapshot): (Origin, Option<&Template>),
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
     vcpus: u8,
 ) -> Result<Built, MachineError> {
-    let load = || load(config, image, vcpus);
+    let load = || load(config, origin, vcpus);
     let Some(snapshot) = snapshot else {
         let (image, entry) = load()?;
         let memory = map(config, image)?;
@@ -233,12 +237,24 @@ fn build_vm(
     })
 }
 
-/// RAM at power-on, and where the first vCPU starts in it.
-fn load(config: &Config, image: Image, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+/// RAM of the machine of `config` before its first instruction, and where that is.
+pub(super) fn template(
+    config: &Config,
+    image: Image,
+    vcpus: u8,
+) -> Result<(Template, Entry), MachineError> {
     let command_line = config.command_line(1, Cause::PowerOn);
-    let (template, entry) = Template::build(config.mem_mib << 20, |ram| {
-        boot::load(ram, image, &command_line, vcpus, config.virtio_slots())
-    })?;
+    Template::build(config.mem_mib << 20, |ram| {
+        Ok(boot::load(ram, image, &command_line, vcpus, config.virtio_slots())?)
+    })
+}
+
+/// What is behind RAM at power-on, and where the first vCPU starts in it.
+fn load(config: &Config, origin: Origin, vcpus: u8) -> Result<(Backing, Entry), MachineError> {
+    let (template, entry) = match origin {
+        Origin::Image(image) => template(config, image, vcpus)?,
+        Origin::Template(template, entry) => (template, entry),
+    };
     let image = match config.payload {
         Payload::Agent(_) => Backing::contents(&template, layout::AGENT_END)?,
         Payload::Kernel { .. } => Backing::private(&template)?,

@@ -16,13 +16,14 @@ use crate::fault::{Fault, FaultError, Faults};
 use crate::kvm::Kvm;
 use crate::kvm::host::KvmKind;
 use crate::kvm::pmu::PmuPolicy;
+use crate::kvm::template::CpuTemplate;
 use crate::kvm::vm::max_vcpus;
 use crate::layout::{self, VirtioSlot};
 
 /// Smallest RAM, in MiB: boot data and a kernel need some.
-const MIN_MEM_MIB: u64 = 4;
+pub const MIN_MEM_MIB: u64 = 4;
 /// Largest RAM, in MiB (512 GiB).
-const MAX_MEM_MIB: u64 = 512 * 1024;
+pub const MAX_MEM_MIB: u64 = 512 * 1024;
 
 /// What a Linux guest is told: to say little, since each letter on the console costs it an exit; to reset when it panics; and
 /// not to look for a keyboard behind a controller that has none.
@@ -51,6 +52,8 @@ pub struct Config {
     pub mem_mib: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// What of CPUID and of the MSRs its guests find changed.
+    pub cpu_template: CpuTemplate,
     /// Performance counters.
     pub pmu: PmuPolicy,
     /// What they are if they are emulated.
@@ -125,6 +128,7 @@ impl Config {
             command_line: String::new(),
             mem_mib,
             vcpus: 1,
+            cpu_template: CpuTemplate::default(),
             pmu: PmuPolicy::Off,
             pmu_shape: Shape::FULL,
             pmu_seed: 0,
@@ -137,9 +141,9 @@ impl Config {
             vsock_messages_path: None,
             rng: false,
             disks: Vec::new(),
+            track_dirty_pages: false,
             dma_platform: false,
             dma_audit: AuditMode::Off,
-            track_dirty_pages: false,
             restore: None,
             rings: false,
             seccomp: false,

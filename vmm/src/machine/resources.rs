@@ -8,6 +8,7 @@ use crate::device::block::Disk;
 use crate::device::vsock::{Listener, SocketFile};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
+use crate::layout::Entry;
 use crate::memory::Template;
 use crate::snapshot::{self, Targets};
 
@@ -18,12 +19,21 @@ use super::{Config, MachineError, Restore};
 pub struct Resources {
     pub(super) kvm: Kvm,
     pub(super) module: Module,
-    pub(super) image: Image,
+    pub(super) origin: Origin,
     pub(super) listener: Option<Listener>,
     pub(super) disks: Vec<Disk>,
     /// RAM of the snapshot that the machine is restored from.
-    pub(super) template: Option<Template>,
+    pub(super) snapshot: Option<Template>,
     targets: Option<Targets>,
+}
+
+/// What guest RAM is made of.
+#[derive(Debug)]
+pub(super) enum Origin {
+    /// Of this.
+    Image(Image),
+    /// It was made before, and is entered there.
+    Template(Template, Entry),
 }
 
 impl Resources {
@@ -34,7 +44,7 @@ impl Resources {
     /// [`MachineError`] with the name of what cannot be opened.
     pub fn open(config: &Config) -> Result<(Self, Vec<SocketFile>), MachineError> {
         let kvm = kvm::open()?;
-        let image = config.payload.open()?;
+        let origin = Origin::Image(config.payload.open()?);
         config.check_disks()?;
         let disks = config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?;
         let mut files = Vec::new();
@@ -47,21 +57,36 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        let template = config.restore.as_ref().map(template).transpose()?;
-        Ok((
-            Self { kvm, module: Module::read(), image, listener, disks, template, targets: None },
-            files,
-        ))
+        let snapshot = config.restore.as_ref().map(snapshot_template).transpose()?;
+        let module = Module::read();
+        Ok((Self { kvm, module, origin, listener, disks, snapshot, targets: None }, files))
+    }
+
+    /// Makes the template of guest RAM now, for all processes that are copies of this one: they share its pages.
+    ///
+    /// # Errors
+    /// As for [`super::launch`].
+    pub fn with_template(mut self, config: &Config) -> Result<Self, MachineError> {
+        if let Origin::Image(image) = self.origin {
+            let vcpus = config.checked_vcpus(&self.kvm)?;
+            config.check_command_line()?;
+            let (template, entry) = super::build::template(config, image, vcpus)?;
+            self.origin = Origin::Template(template, entry);
+        }
+        Ok(self)
     }
 
     /// Every descriptor: what a jail has to let through.
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut descriptors = vec![kvm::descriptor(&self.kvm)];
-        descriptors.extend(self.image.files());
+        match &self.origin {
+            Origin::Image(image) => descriptors.extend(image.files()),
+            Origin::Template(template, _) => descriptors.push(template.as_fd()),
+        }
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
-        descriptors.extend(self.template.iter().map(AsFd::as_fd));
+        descriptors.extend(self.snapshot.iter().map(AsFd::as_fd));
         let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
         descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
@@ -86,7 +111,7 @@ impl Resources {
 }
 
 /// The snapshot's RAM, checked and copied: its files may be changed from here on.
-fn template(restore: &Restore) -> Result<Template, MachineError> {
+fn snapshot_template(restore: &Restore) -> Result<Template, MachineError> {
     let open = |(_, path): &(_, PathBuf)| snapshot::open(path);
     let files = restore.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let layers: Vec<_> = restore.layers.iter().map(|(header, _)| header).zip(&files).collect();

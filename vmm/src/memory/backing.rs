@@ -12,7 +12,8 @@ use super::{MemoryError, PAGE, Template, WriteLog};
 /// What is behind a machine's RAM. All that has to be found out is, when it is made: to put it there takes `mmap` and `madvise` alone.
 #[derive(Debug)]
 pub struct Backing {
-    file: File,
+    /// None if nothing is mapped of any.
+    file: Option<File>,
     bytes: u64,
     /// What is mapped of the file, as starts and ends, lowest first.
     pieces: Vec<(u64, u64)>,
@@ -92,8 +93,13 @@ impl Backing {
         Self::new(template, pieces, large)
     }
 
+    /// Nothing: RAM that is empty, or that somebody serves ([`super::paging`]).
+    pub fn nothing(bytes: u64) -> Self {
+        Self { file: None, bytes, pieces: Vec::new(), large: u64::MAX, image: None }
+    }
+
     fn new(template: &Template, pieces: Vec<(u64, u64)>, large: u64) -> Result<Self, MemoryError> {
-        let file = template.file.try_clone().map_err(MemoryError::Look)?;
+        let file = Some(template.file.try_clone().map_err(MemoryError::Look)?);
         Ok(Self { file, bytes: template.bytes, pieces, large, image: None })
     }
 
@@ -116,7 +122,8 @@ impl Backing {
             let end = end.saturating_sub(offset).min(len);
             if start < end {
                 self.lay_nothing(region, (at, start), &mut stretches);
-                map_fixed(region, (start, end), Some((&self.file, offset + start)))?;
+                let file = self.file.as_ref().map(|file| (file, offset + start));
+                map_fixed(region, (start, end), file)?;
                 stretches.push(Stretch { start, end, kind: Kind::File });
                 at = end;
             }

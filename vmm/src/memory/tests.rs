@@ -250,6 +250,8 @@ fn another_template_takes_the_place_of_the_first_at_the_same_addresses() {
     let other = template_of(4 << 20, &[(0x2000, "boot")]);
     memory.replace(Backing::contents(&other, 0x10_0000).unwrap()).unwrap();
     drop(other);
+    let kinds: Vec<_> = memory.stretches.iter().flatten().map(|stretch| stretch.kind).collect();
+    assert_eq!(kinds, [Kind::File, Kind::Small, Kind::Large]);
     for _ in 0..2 {
         let found = [0x1000, 0x2000, 0x9000].map(|address| read(&memory, address));
         assert_eq!(found, [[0; 4], *b"boot", [0; 4]]);

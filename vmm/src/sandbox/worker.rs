@@ -103,6 +103,13 @@ pub fn serve(
     worker.run(greet)
 }
 
+/// Says over `socket` why there is no machine and will be none. It may be that nobody hears it.
+pub fn refuse(socket: UnixStream, why: String) {
+    if let Ok(mut orders) = Orders::new(socket) {
+        let _ = answer(&mut orders, Answer::Ended(Ended::Failed(why)));
+    }
+}
+
 /// Waits for the next order. Descriptors are for those that say so.
 fn next_order(orders: &mut Orders) -> Result<Order, ChannelError> {
     loop {

@@ -32,6 +32,7 @@ enum Service {
     ReadMsrs,
     WriteMsrs,
     Vmrun,
+    ScanVmcs,
 }
 
 /// Numbers of services, for leave.s.
@@ -287,6 +288,11 @@ pub fn interrupt_in(us: u64) {
 /// Has the processor run the guest of the control block at this address, which it has to refuse. EFER.SVME is set.
 pub(super) fn vmrun(control_block: u64) {
     call(control_block, 0, Service::Vmrun);
+}
+
+/// Tries all fields of a VMCS, as the [`super::vmx::Scan`] at this address says. The processor has VMX and its registers allow it.
+pub(super) fn scan_vmcs(scan: u64) {
+    call(scan, 0, Service::ScanVmcs);
 }
 
 /// Sends this CPU an NMI through its own local APIC (x2APIC mode).

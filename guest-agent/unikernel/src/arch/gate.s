@@ -23,7 +23,7 @@ trap_6:
 gate_services:
     .quad gate_wait, gate_registers, gate_virtio, gate_msrs, gate_cpuid, gate_triple, gate_stop
     .quad gate_read_debug, gate_write_debug, gate_read_system, gate_poison_system, gate_open_xsave
-    .quad gate_read_msrs, gate_write_msrs, gate_vmrun
+    .quad gate_read_msrs, gate_write_msrs, gate_vmrun, gate_vmcs_scan
 
 # rdi = the interrupt count last seen, rsi = address of a virtio device's InterruptACK. Halts unless the count has moved
 # on. The end-of-interrupt belongs here, not in the handler: while ring 3 is awake it polls, and must not be interrupted
@@ -317,6 +317,51 @@ gate_vmrun:
     movq %rdi, %rax
     vmrun %rax
     stgi
+    iretq
+
+# rdi = a `Scan` of vmx.rs: addresses of a VMXON region and of a VMCS, room for how far it came and for an error, and a byte for
+# each field that there could be, which is 1 if it can be read. Steps are counted in rsi. CR0.NE and CR4.VMXE are set for it.
+gate_vmcs_scan:
+    movq %cr0, %r8
+    movq %cr4, %r9
+    movq %r8, %rax
+    orl $0x20, %eax
+    movq %rax, %cr0
+    movq %r9, %rax
+    orl $0x2000, %eax
+    movq %rax, %cr4
+    xorl %esi, %esi
+    vmxon (%rdi)
+    jbe 3f
+    incl %esi
+    vmclear 8(%rdi)
+    jbe 2f
+    incl %esi
+    vmptrld 8(%rdi)
+    jbe 2f
+    incl %esi
+    xorl %ecx, %ecx
+1:  movl %ecx, %eax                 # width, type and index, with a reserved bit between the first two and none at the end
+    andl $0x7ff, %eax
+    addl %eax, %eax
+    movl %ecx, %edx
+    shrl $11, %edx
+    shll $13, %edx
+    orl %edx, %eax
+    vmread %rax, %rdx
+    seta 32(%rdi,%rcx)
+    incl %ecx
+    cmpl $0x2000, %ecx
+    jb 1b
+    movl $0x2032, %eax              # TSC_MULTIPLIER; then the error of the last instruction that failed
+    vmread %rax, %rdx
+    movl $0x4400, %eax
+    vmread %rax, 24(%rdi)
+    vmclear 8(%rdi)
+2:  vmxoff
+3:  movq %rsi, 16(%rdi)
+    movq %r9, %cr4
+    movq %r8, %cr0
     iretq
 
 # An exception that cannot be delivered: shutdown.

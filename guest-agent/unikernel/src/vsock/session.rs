@@ -269,6 +269,7 @@ fn may_have_long_answer(request: &Request) -> bool {
         Request::Echo(_)
         | Request::GetReport
         | Request::GetState
+        | Request::GetStateBesideRam
         | Request::Poison
         | Request::Disk { .. }
         | Request::Random { .. }

@@ -8,12 +8,12 @@ use std::time::Duration;
 use crate::cli::Error;
 use crate::cli::reports::Files;
 use crate::cli::run::PrintError;
+use crate::progress::{Nouns, Progress};
 use crate::soak::bundle::{self, Bundles, Facts};
 use crate::soak::campaign::{Ending, News};
 use crate::soak::figures::Figures;
 use crate::soak::line::Life;
 use crate::soak::plan::Plan;
-use crate::soak::progress::Progress;
 use crate::soak::record::{Header, LifeRecord, Record};
 use crate::soak::report::{MOST_REPLAYS, Report, Shard, table};
 use crate::soak::{Place, printable};
@@ -54,7 +54,11 @@ impl<'a> Output<'a> {
             report: Report { shards: vec![shard], figures, replays },
             bundles,
             notices: BTreeSet::new(),
-            progress: Progress::new(total, plan.duration),
+            progress: Progress::new(
+                Nouns { done: "resets", wrong: "finding", wrongs: "findings" },
+                total,
+                plan.duration,
+            ),
             bundle_failure: None,
             print_failure: None,
         };

@@ -31,7 +31,7 @@ use crate::memory::GuestRam;
 use crate::words::plural;
 
 /// What the audit is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum AuditMode {
     /// Nobody looks

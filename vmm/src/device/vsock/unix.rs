@@ -66,6 +66,15 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
+    /// The file at `path`, where a socket has just been bound.
+    ///
+    /// # Errors
+    /// That it is gone already.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let metadata = path.symlink_metadata()?;
+        Ok(Self { path: path.into(), identity: (metadata.dev(), metadata.ino()) })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -172,8 +181,7 @@ fn listen_at(path: &Path, socket_type: SocketType) -> Result<(OwnedFd, SocketFil
         Ok(socket)
     };
     let socket = bound().map_err(failed)?;
-    let metadata = path.symlink_metadata().map_err(failed)?;
-    let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
+    let file = SocketFile::of(path).map_err(failed)?;
     listen(&socket, CLIENTS_WAITING).map_err(|errno| failed(errno.into()))?;
     Ok((socket, file))
 }

@@ -16,7 +16,7 @@ const RAM: u64 = 4 << 20;
 const CODE: u64 = 0x1000;
 
 /// In real mode: reads a byte, writes it elsewhere, and says what it was.
-const COPY: [u8; 10] = [
+pub(crate) const COPY: [u8; 10] = [
     0xa0, 0x00, 0x50, // mov al, [0x5000]
     0xa2, 0x00, 0x90, // mov [0x9000], al
     0xe6, 0x10, // out 0x10, al
@@ -24,7 +24,7 @@ const COPY: [u8; 10] = [
 ];
 
 /// Fields are dropped in this order.
-struct Machine {
+pub(crate) struct Machine {
     vcpu: Vcpu,
     vm: Vm,
     memory: Memory,
@@ -41,12 +41,17 @@ fn template(byte: u8) -> Template {
 
 impl Machine {
     fn new(tracks: bool) -> Self {
-        let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
-        let (supported, kind) = cpuid::supported(&kvm, Module::read(), PmuPolicy::Off).unwrap();
         let memory = Memory::map(Backing::contents(&template(1), u64::MAX).unwrap()).unwrap();
         if tracks {
             memory.track_writes();
         }
+        Self::of(memory)
+    }
+
+    /// A machine whose RAM has the code above.
+    pub(crate) fn of(memory: Memory) -> Self {
+        let kvm = crate::kvm::open().expect("this test needs KVM: /dev/kvm that it may open");
+        let (supported, kind) = cpuid::supported(&kvm, Module::read(), PmuPolicy::Off).unwrap();
         let vm = Vm::new(&kvm, Module::read(), kind, &memory, PmuPolicy::Off).unwrap();
         let vcpu = vm.create_vcpu(&supported, 0, 1).unwrap();
         let mut sregs = vcpu.fd.get_sregs().unwrap();
@@ -59,7 +64,7 @@ impl Machine {
     }
 
     /// Lets the guest go once through its loop; what it read.
-    fn run(&mut self) -> u8 {
+    pub(crate) fn run(&mut self) -> u8 {
         loop {
             match self.vcpu.fd.run() {
                 Ok(VcpuExit::IoOut(0x10, data)) => return data[0],
@@ -120,8 +125,8 @@ fn a_running_guest_finds_what_was_put_behind_its_ram() {
     let written =
         |machine: &Machine| machine.memory.ram().read_obj::<u8>(GuestAddress(0x9000)).unwrap();
     assert_eq!(written(&machine), 1);
-    for backing in [Backing::private, |template: &_| Backing::contents(template, 0), Backing::copy]
-    {
+    let contents = |template: &_| Backing::contents(template, 0);
+    for backing in [Backing::private, Backing::copy, contents] {
         machine.memory.replace(backing(&template(3)).unwrap()).unwrap();
         assert_eq!(written(&machine), 0);
         assert_eq!(machine.run(), 3);

@@ -53,6 +53,17 @@ pub struct Surroundings<'a> {
     pub instead: Option<(kvm_regs, kvm_sregs, kvm_lapic_state)>,
 }
 
+/// The same state, with x87 and SSE marked as in use, so that it is put back as it is. Of state that is not in use KVM takes
+/// nothing, MXCSR neither, which processors without compacted state (before Skylake) load all the same (Intel SDM volume 1,
+/// section 13.8): a guest would find the MXCSR of the life before.
+fn in_use(mut xsave: kvm_xsave) -> kvm_xsave {
+    /// XSTATE_BV is in the header, behind 512 bytes.
+    const XSTATE_BV: usize = 512 / 4;
+    const X87_AND_SSE: u32 = 0b11;
+    xsave.region[XSTATE_BV] |= X87_AND_SSE;
+    xsave
+}
+
 impl Registers {
     /// Reads all but the MSRs, which take a list. The run state comes first, since KVM looks for pending INITs then and changes
     /// other state; events come last, since other requests may change them.
@@ -62,7 +73,7 @@ impl Registers {
             mp_state: vcpu.get_mp_state().map_err(request("get the run state"))?,
             regs: vcpu.get_regs().map_err(request("get the registers"))?,
             sregs: vcpu.get_sregs().map_err(request("get the system registers"))?,
-            xsave: vcpu.get_xsave().map_err(request("get the extended state"))?,
+            xsave: in_use(vcpu.get_xsave().map_err(request("get the extended state"))?),
             xcrs: vcpu.get_xcrs().map_err(request("get XCR0"))?,
             debug_regs: vcpu.get_debug_regs().map_err(request("get the debug registers"))?,
             msrs: Vec::new(),

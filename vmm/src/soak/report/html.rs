@@ -105,16 +105,9 @@ fn histogram(page: &mut String, report: &Report) {
     page.push_str("<h2>How long a reset takes</h2>\n");
     let hello = report.figures.hello();
     // The last per cent would make everything else a single bar; it is in the table, and the last bar says how many there are.
-    let end = hello.per_mille(990).unwrap_or(0) + 1;
-    let width = (end / 60).max(1);
-    let mut bars: Vec<u64> = vec![0; (end / width + 1) as usize];
-    let mut beyond = 0;
-    for (from, to, count) in hello.buckets() {
-        match bars.get_mut(((from + to) / 2 / width) as usize) {
-            Some(bar) if from < end => *bar += count,
-            _ => beyond += count,
-        }
-    }
+    let (bars, width) = hello.bars(60);
+    let end = width * bars.len() as u64;
+    let beyond = hello.total() - bars.iter().sum::<u64>();
     let highest = bars.iter().copied().max().unwrap_or(0);
     let mut plot = Plot::new(
         "histogram",
