@@ -12,7 +12,7 @@ use crate::harness::held::agent_at;
 use crate::harness::{Outcome, Started, TRACES, cleanslate, eventually, file, skipped, temp_dir};
 
 /// Test modules whose machines make every call that a rule is for, unless it says that none does.
-const REPERTOIRE: [&str; 10] = [
+const REPERTOIRE: [&str; 12] = [
     "api::",
     "counters::",
     "disks::",

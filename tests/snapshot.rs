@@ -30,11 +30,11 @@ fn every_item_of_a_poisoned_guest_comes_back_with_its_value() {
     let mut agent = vm.agent();
     let (poisonings, _) = agent.poison().unwrap();
     let held = poisonings.iter().filter(|poisoning| poisoning.result.is_ok()).count();
-    let before = by_name(agent.state().unwrap().0);
+    let before = by_name(agent.state(true).unwrap().0);
     let files = vm.snapshot();
     drop(vm);
     let vm = Vm::launch(files.restored(self::agent())).unwrap();
-    let after = by_name(vm.agent().state().unwrap().0);
+    let after = by_name(vm.agent().state(true).unwrap().0);
     println!("{} items, {held} of them poisoned", before.len());
     assert!(before.len() > 130 && held > 90, "{} items, {held} poisoned", before.len());
     assert!(before.keys().eq(after.keys()));
