@@ -178,7 +178,7 @@ const CHUNK: u64 = 256 << 10;
 
 fn chunks(extents: &[(u64, u64)]) -> impl Iterator<Item = (u64, usize)> {
     extents.iter().flat_map(|(start, end)| {
-        (*start..*end).step_by(CHUNK as usize).map(|at| (at, (end - at).min(CHUNK) as usize))
+        (*start..*end).step_by(CHUNK as usize).map(move |at| (at, (end - at).min(CHUNK) as usize))
     })
 }
 
