@@ -79,6 +79,22 @@ fn each_fault_is_found_under_its_name_on_hardware_virtualization() {
 }
 
 #[test]
+fn a_machine_goes_on_from_its_snapshot_on_hardware_virtualization() {
+    let Some(lab) = lab() else { return };
+    let restore = "cleanslate snapshot restore there --timeout 60 --json --resets 5 \
+                   --reset-via host,i8042,cf9,acpi,triple";
+    let create = "cleanslate snapshot create there --pmu emulated --look --timeout 60 > /dev/null";
+    let outcome = lab.run(&[], &format!("{create} && {restore}")).expect_status(0);
+    let json = outcome.json();
+    assert_eq!(
+        (&json["verdict"], &json["host"]["kvm"]),
+        (&"clean".into(), &"svm".into()),
+        "{outcome}"
+    );
+    assert_eq!(json["lives"].as_array().unwrap().len(), 6, "{outcome}");
+}
+
+#[test]
 fn vsock_keeps_its_rules_on_hardware_virtualization() {
     let Some(lab) = lab() else { return };
     let outcome =

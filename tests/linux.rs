@@ -186,3 +186,18 @@ fn has_hardware() -> bool {
         .iter()
         .any(|kind| std::path::Path::new(&format!("/sys/module/kvm_{kind}")).exists())
 }
+
+#[test]
+fn a_whole_linux_goes_on_from_its_snapshot_with_both_its_processors() {
+    let Some(lab) = lab() else { return };
+    let create =
+        "cleanslate snapshot create there --guest linux --vcpus 2 --rng --timeout 300 > /dev/null";
+    let restore = "cleanslate snapshot restore there --cid 9 --timeout 300 --json";
+    let outcome = lab.run(&[], &format!("{create} && {restore}")).expect_status(0);
+    let json = outcome.json();
+    assert_eq!(
+        (&json["verdict"], &json["host"]["kvm"]),
+        (&"clean".into(), &"svm".into()),
+        "{outcome}"
+    );
+}
