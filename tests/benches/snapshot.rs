@@ -90,7 +90,7 @@ impl Bench<'_> {
         println!(
             "{} MiB of RAM, of which {} KiB in {} places are in the memory file",
             RAM >> 20,
-            header.pages.stored() * PAGE >> 10,
+            (header.pages.stored() * PAGE) >> 10,
             extents.len()
         );
     }

@@ -126,14 +126,15 @@ fn a_running_guest_finds_what_was_put_behind_its_ram() {
         |machine: &Machine| machine.memory.ram().read_obj::<u8>(GuestAddress(0x9000)).unwrap();
     assert_eq!(written(&machine), 1);
     let contents = |template: &_| Backing::contents(template, 0);
-    for backing in [Backing::private, Backing::copy, contents] {
-        machine.memory.replace(backing(&template(3)).unwrap()).unwrap();
+    let backings = [(3, Backing::private as fn(&_) -> _), (5, Backing::copy), (6, contents)];
+    for (byte, backing) in backings {
+        machine.memory.replace(backing(&template(byte)).unwrap()).unwrap();
         assert_eq!(written(&machine), 0);
-        assert_eq!(machine.run(), 3);
+        assert_eq!(machine.run(), byte);
         machine.memory.ram().write_obj(4_u8, GuestAddress(0x5000)).unwrap();
         assert_eq!((machine.run(), written(&machine)), (4, 4));
         // It is what a reset puts back from now on.
         machine.memory.restore().unwrap();
-        assert_eq!((written(&machine), machine.run()), (0, 3));
+        assert_eq!((written(&machine), machine.run()), (0, byte));
     }
 }
