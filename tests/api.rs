@@ -4,6 +4,7 @@ mod description;
 mod ends;
 mod faults;
 mod openapi;
+mod snapshots;
 
 use std::io::Read;
 use std::os::unix::fs::symlink;

@@ -13,4 +13,5 @@ pub mod log;
 pub mod metrics;
 pub mod model;
 pub mod route;
+pub mod snapshot;
 pub mod socket;

@@ -14,6 +14,7 @@ use super::route;
 use crate::boot::Payload;
 use crate::device::block::DiskConfig;
 use crate::device::console::ConsoleOutput;
+use crate::device::vsock::GuestCid;
 use crate::machine::{Config, MOST_DISKS, ResetPolicy};
 
 /// What Firecracker tells a kernel for which no `boot_args` are given.
@@ -154,6 +155,24 @@ impl VmConfig {
         Ok(config)
     }
 
+    /// For [`VmConfig::from_note`]: what a snapshot has to say of its machine, without this process's log and metrics.
+    fn note(&self) -> String {
+        Self { logger: None, metrics: None, ..self.clone() }.to_json().to_string()
+    }
+
+    /// What a snapshot says of its machine.
+    ///
+    /// # Errors
+    /// That nobody can have said so, in words.
+    pub fn from_note(note: &str) -> Result<Self, String> {
+        let no_files = |_: &PathBuf| Err(Refusal::new("a path"));
+        let mut described = Self::from_file(note.as_bytes(), no_files)
+            .map_err(|refusal| format!("what the snapshot says of its machine: {refusal}"))?;
+        // The embedded agent's, which no client has named.
+        described.boot = described.boot.filter(|boot| boot.kernel_image_path != Path::new(""));
+        Ok(described)
+    }
+
     /// Adds a drive, or changes the one with its name.
     ///
     /// # Errors
@@ -252,6 +271,12 @@ impl VmConfig {
             disks: self.drives.iter().map(drive_to_disk).collect(),
             dma_platform: self.own.dma_platform,
             dma_audit: self.own.dma_audit,
+            cid: match &self.vsock {
+                Some(vsock) => GuestCid::new(vsock.guest_cid.into()).unwrap_or(GuestCid::FIRST),
+                None => GuestCid::FIRST,
+            },
+            track_dirty_pages: self.machine.track_dirty_pages,
+            note: self.note(),
             ..Config::new(payload, self.machine.mem_size_mib)
         })
     }

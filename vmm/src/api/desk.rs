@@ -154,6 +154,12 @@ impl Desk {
         self.account(call, answer)
     }
 
+    /// The machine is the one of a snapshot, which was described so. Log and metrics are this process's.
+    pub fn adopt(&mut self, described: VmConfig) {
+        let VmConfig { logger, metrics, .. } = std::mem::take(&mut self.config);
+        self.config = VmConfig { logger, metrics, ..described };
+    }
+
     /// The machine runs, or is paused: a configuration file or a client has started it.
     pub fn carry(&mut self, order: &Order) {
         self.state = match order {

@@ -13,13 +13,16 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 
 use super::call::{Answer, Call, Reply};
+use super::config::VmConfig;
 use super::desk::{Desk, Next, Order, Outcome};
 use super::log::open_for_lines;
-use super::model::Level;
+use super::model::{Level, LoadSnapshot, NewSnapshot, SnapshotType};
+use super::snapshot;
 use crate::exit;
 use crate::lifecycle::chain;
 use crate::machine::Config;
 use crate::sandbox::{self, Channel, ChannelError, Ended, Judged, Sandbox};
+use crate::snapshot::Drafts;
 
 /// The most requests that wait for their turn. What is more waits in the socket.
 const MOST_WAITING: usize = 64;
@@ -58,6 +61,10 @@ pub struct Instance<'a> {
     waiting: VecDeque<Call>,
     /// The machine has said that it is over, and why.
     ended: Option<Ended>,
+    /// How the machine that is being loaded was described.
+    loaded: Option<VmConfig>,
+    /// The files of the snapshot that is being written.
+    drafts: Option<Drafts>,
 }
 
 /// An order under way, and whose it is; nobody's if the configuration file wants the machine started.
@@ -86,7 +93,18 @@ impl<'a> Instance<'a> {
         start: Box<Starter<'a>>,
     ) -> Self {
         let (current, waiting) = (None, VecDeque::new());
-        Self { desk, clients, start, signals, machine: None, current, waiting, ended: None }
+        Self {
+            desk,
+            clients,
+            start,
+            signals,
+            machine: None,
+            current,
+            waiting,
+            ended: None,
+            loaded: None,
+            drafts: None,
+        }
     }
 
     /// Serves clients until the machine is over, and gives the exit status. With `starts`, the machine that the desk knows is
@@ -205,6 +223,8 @@ impl<'a> Instance<'a> {
         self.current = Some(Current { call, order: order.clone(), began: Instant::now() });
         let given = match (&order, &mut self.machine) {
             (Order::Start, _) => self.start_machine(),
+            (Order::Load(wanted), _) => self.load_machine(wanted),
+            (Order::Snapshot(wanted), Some(_)) => self.write_snapshot(wanted),
             (order, Some(machine)) => give(machine, order),
             (_, None) => Err("there is no machine".into()),
         };
@@ -216,6 +236,29 @@ impl<'a> Instance<'a> {
 
     fn start_machine(&mut self) -> Result<(), String> {
         let config = self.desk.config.machine().map_err(|refusal| refusal.to_string())?;
+        self.boot(config)
+    }
+
+    fn load_machine(&mut self, wanted: &LoadSnapshot) -> Result<(), String> {
+        let (described, config) = snapshot::load(wanted)?;
+        self.loaded = Some(described);
+        self.boot(config)
+    }
+
+    /// Has the machine's process write to files of which nobody knows before they are whole.
+    fn write_snapshot(&mut self, wanted: &NewSnapshot) -> Result<(), String> {
+        let drafts = Drafts::create(&wanted.snapshot_path, &wanted.mem_file_path);
+        let drafts = drafts.map_err(|error| chain(&error))?;
+        let targets = drafts.targets().map_err(|error| chain(&error))?;
+        let order = sandbox::Order::Snapshot { layer: wanted.snapshot_type == SnapshotType::Diff };
+        let files = [targets.state.as_fd(), targets.memory.as_fd()];
+        let machine = self.machine.as_mut().ok_or("there is no machine")?;
+        machine.sandbox.order_with(&order, &files).map_err(|error| error.to_string())?;
+        self.drafts = Some(drafts);
+        Ok(())
+    }
+
+    fn boot(&mut self, config: Config) -> Result<(), String> {
         let console = match self.desk.config.console_path() {
             Some(path) => Some(open_for_lines(path).map_err(|e| format!("open {path:?}: {e}"))?),
             None => None,
@@ -229,6 +272,17 @@ impl<'a> Instance<'a> {
     /// The order under way is done, or cannot be.
     fn finish(&mut self, result: Result<Outcome, String>) -> Result<(), Error> {
         let Some(Current { call, order, began }) = self.current.take() else { return Ok(()) };
+        // Files that are not whole go with this.
+        let drafts = self.drafts.take();
+        let result = match (drafts, result) {
+            (Some(drafts), Ok(outcome)) => {
+                drafts.commit().map(|_| outcome).map_err(|error| chain(&error))
+            }
+            (_, result) => result,
+        };
+        if let (Some(described), Ok(_)) = (self.loaded.take(), &result) {
+            self.desk.adopt(described);
+        }
         match (call, result) {
             (Some(call), result) => {
                 let answer = self.desk.done(&call, &order, began, result);
@@ -289,7 +343,8 @@ impl<'a> Instance<'a> {
         let Some(end) = machine.process.try_end()? else { return Ok(None) };
         self.machine = None;
         let ended = self.ended.take();
-        let is_start = matches!(&self.current, Some(Current { order: Order::Start, .. }));
+        let is_start =
+            matches!(&self.current, Some(Current { order: Order::Start | Order::Load(_), .. }));
         let (words, status) = match (&ended, &end) {
             (Some(ended), End::Exited(_)) => describe_end(ended),
             (_, end) => (format!("the machine's process {}", describe(end)), exit::USAGE_OR_HOST),
@@ -345,14 +400,16 @@ impl<'a> Instance<'a> {
 /// Tells the machine's process what to do.
 fn give(machine: &mut Machine, order: &Order) -> Result<(), String> {
     let order = match order {
+        Order::Pause => sandbox::Order::Pause,
+        Order::Resume => sandbox::Order::Resume,
         Order::Reset => sandbox::Order::Reset,
         Order::Nmi => sandbox::Order::Nmi,
         Order::Judge => sandbox::Order::Verdict,
         Order::DmaAudit => sandbox::Order::DmaAudit,
         Order::Console => sandbox::Order::Console { lines: CONSOLE_LINES },
         Order::Count => sandbox::Order::Stats,
-        Order::Start | Order::Load(_) | Order::Pause | Order::Resume | Order::Snapshot(_) => {
-            return Err("not yet".into());
+        Order::Start | Order::Load(_) | Order::Snapshot(_) => {
+            unreachable!("they need more than an order")
         }
     };
     machine.sandbox.order(&order).map_err(|error| error.to_string())

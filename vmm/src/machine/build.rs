@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use agent_protocol::Cause;
 use jailer::seccomp::{RestrictError, ThreadKind, restrict};
@@ -166,7 +167,7 @@ fn emulated_pmu(config: &Config, vcpu: &Vcpu) -> Result<VcpuPmu, MachineError> {
 /// in eventfds. From here on every thread is confined, if the configuration says so: the event loop's is, this one becomes
 /// so, and each vCPU's did so before it looked for orders.
 fn start(
-    machine: Machine,
+    mut machine: Machine,
     (event_loop, thread): (EventLoop, EventLoopThread),
     interrupts: Interrupts,
     commands: Sender<Message>,
@@ -188,8 +189,12 @@ fn start(
     }
     let first_life = (machine.life, machine.cause);
     let is_restored = machine.config.restore.is_some();
-    // From here on the vCPUs may hold any device.
-    machine.run_vcpus();
+    if machine.config.starts_paused {
+        machine.paused = Some(Instant::now());
+    } else {
+        // From here on the vCPUs may hold any device.
+        machine.run_vcpus();
+    }
     let thread = thread.run((event_loop, machine, interrupts));
     Ok(Handle {
         commands,

@@ -86,6 +86,10 @@ pub struct Config {
     pub dma_audit: AuditMode,
     /// A snapshot that it begins from, instead of its payload.
     pub restore: Option<Restore>,
+    /// It begins paused.
+    pub starts_paused: bool,
+    /// What whoever describes it wants to find in its snapshots again.
+    pub note: String,
     /// A descriptor tells of its events: [`super::Handle::events_ready`].
     pub rings: bool,
     /// Every thread makes no system calls but those of its kind once the guest runs: for a process of its own.
@@ -145,6 +149,8 @@ impl Config {
             dma_platform: false,
             dma_audit: AuditMode::Off,
             restore: None,
+            starts_paused: false,
+            note: String::new(),
             rings: false,
             seccomp: false,
         }

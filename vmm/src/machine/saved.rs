@@ -140,6 +140,7 @@ pub struct MachineState {
     console: SavedConsole,
     nmi_status: NmiStatus,
     reset_control: ResetControl,
+    note: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -161,6 +162,11 @@ impl MachineState {
     /// What the machine is made of.
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// What its configuration notes of itself ([`Config::note`]).
+    pub fn note(&self) -> &str {
+        &self.note
     }
 
     /// The number of the life that it was in, and why that had begun.
@@ -290,6 +296,7 @@ impl Machine {
             console: lock(&self.devices.console).save(),
             nmi_status: lock(&self.devices.nmi_status).clone(),
             reset_control: lock(&self.devices.reset_control).clone(),
+            note: self.config.note.clone(),
         })
     }
 

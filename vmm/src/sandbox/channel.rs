@@ -52,7 +52,7 @@ pub struct Channel<S, R> {
     received: Vec<u8>,
     descriptors: Vec<OwnedFd>,
     to_send: Vec<u8>,
-    kinds: PhantomData<(fn(S), fn() -> R)>,
+    kinds: PhantomData<fn(S) -> R>,
 }
 
 impl<S, R> AsFd for Channel<S, R> {

@@ -24,6 +24,15 @@ pub enum Order {
     Recycle,
     /// Ask the agent for its report and judge it.
     Verdict,
+    /// Have nothing of the machine run any more.
+    Pause,
+    /// Have it go on.
+    Resume,
+    /// Write what the machine, which is paused, is to two empty files that come with the order: one for its state, one for RAM.
+    Snapshot {
+        /// What of RAM was written since the last one, instead of all.
+        layer: bool,
+    },
     /// Reset the machine in place.
     Reset,
     /// Queue an NMI on the first vCPU.

@@ -1,6 +1,7 @@
 //! The machine's process: carries out orders, one after the other, and tells what happens in between.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -13,9 +14,11 @@ use crate::agent::{Agent, AgentError};
 use crate::device::vsock::GuestPort;
 use crate::lifecycle::{Beginning, Leader, LifecycleError, Plan, ResidueCheck, chain};
 use crate::machine::{
-    self, Config, Event, Handle, Interrupts, MachineError, NmiOutcome, NmiVia, Resources, Stop,
+    self, Config, Event, Handle, Interrupts, MachineError, NmiOutcome, NmiVia, Resources,
+    SnapshotKind, Stop,
 };
 use crate::schedule::Schedule;
+use crate::snapshot::Targets;
 use crate::verify::{Expectations, Judge, Life};
 
 /// How a sandbox's machine is led.
@@ -43,6 +46,9 @@ impl From<io::Error> for WorkerError {
         ChannelError::Io(error).into()
     }
 }
+
+/// Longer than anything takes.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 type Orders = Channel<Answer, Order>;
 
@@ -178,7 +184,7 @@ impl Worker<'_> {
                 Outcome::Ended(why) => return answer(&mut self.orders, Answer::Ended(why)),
             }
             outcome = match self.next()? {
-                Next::Order(order) => self.carry_out(order),
+                Next::Order(order, files) => self.carry_out(order, files),
                 Next::Tell(outcome) => outcome,
             };
         }
@@ -192,8 +198,8 @@ impl Worker<'_> {
                     return Ok(Next::Tell(outcome));
                 }
             }
-            if let Some((order, _)) = self.orders.receive()? {
-                return Ok(Next::Order(order));
+            if let Some((order, files)) = self.orders.receive()? {
+                return Ok(Next::Order(order, files));
             }
             let events = self.machine.events_ready().expect("the configuration has it ring");
             wait(&mut [
@@ -203,12 +209,21 @@ impl Worker<'_> {
         }
     }
 
-    fn carry_out(&mut self, order: Order) -> Outcome {
+    fn carry_out(&mut self, order: Order, files: Vec<OwnedFd>) -> Outcome {
         match order {
             Order::Boot { .. } => Answer::Refused("the machine runs already".into()).into(),
             Order::Job { name, input } => self.job(name, input),
             Order::Recycle => self.recycle(),
             Order::Verdict => self.verdict(),
+            Order::Pause => {
+                self.machine.pause();
+                self.await_event(|event| matches!(event, Event::Paused))
+            }
+            Order::Resume => {
+                self.machine.resume();
+                self.await_event(|event| matches!(event, Event::Resumed))
+            }
+            Order::Snapshot { layer } => self.snapshot(layer, files),
             Order::Reset => {
                 self.machine.reset();
                 self.await_event(|event| matches!(event, Event::Reset { .. }))
@@ -251,6 +266,16 @@ impl Worker<'_> {
         Answer::Judged(Judged { life, cause, hello_us, findings, report }).into()
     }
 
+    /// Waits until it is written, however long the host takes.
+    fn snapshot(&mut self, layer: bool, files: Vec<OwnedFd>) -> Outcome {
+        let Ok([state, memory]) = <[OwnedFd; 2]>::try_from(files) else {
+            return Answer::Refused("a snapshot takes two files".into()).into();
+        };
+        let kind = if layer { SnapshotKind::Layer } else { SnapshotKind::Full };
+        self.machine.snapshot(Targets { state: state.into(), memory: memory.into() }, kind);
+        self.await_event_for(FOREVER, |event| matches!(event, Event::Snapshot(_)))
+    }
+
     fn recycle(&mut self) -> Outcome {
         let Some(agent) = self.agent.take() else {
             return Answer::Refused("no agent has said hello in this life".into()).into();
@@ -288,9 +313,17 @@ impl Worker<'_> {
 
     /// Waits for what an order leads to.
     fn await_event(&mut self, is_awaited: impl Fn(&Event) -> bool) -> Outcome {
+        self.await_event_for(self.timeout, is_awaited)
+    }
+
+    fn await_event_for(
+        &mut self,
+        timeout: Duration,
+        is_awaited: impl Fn(&Event) -> bool,
+    ) -> Outcome {
         loop {
-            let Some(event) = self.machine.next_event(self.timeout) else {
-                return Answer::Refused(format!("nothing came of it in {:?}", self.timeout)).into();
+            let Some(event) = self.machine.next_event(timeout) else {
+                return Answer::Refused(format!("nothing came of it in {timeout:?}")).into();
             };
             let awaited = is_awaited(&event);
             match self.hear(event) {
@@ -323,7 +356,12 @@ impl Worker<'_> {
                     Answer::Refused("the vCPU stopped before the NMI".into()).into()
                 }
             }),
-            Event::Rested | Event::Paused | Event::Resumed | Event::Snapshot(_) => None,
+            Event::Paused | Event::Resumed => Some(Answer::Done.into()),
+            Event::Snapshot(written) => Some(match *written {
+                Ok(_) => Answer::Done.into(),
+                Err(error) => Answer::Refused(chain(&error)).into(),
+            }),
+            Event::Rested => None,
             Event::Stopped(stop) => Some(Outcome::Ended(match stop {
                 Stop::PowerOff => Ended::PowerOff,
                 Stop::Reset(cause) => Ended::Reset(cause),
@@ -338,7 +376,7 @@ impl Worker<'_> {
 
 /// What wakes a worker.
 enum Next {
-    Order(Order),
+    Order(Order, Vec<OwnedFd>),
     Tell(Outcome),
 }
 
