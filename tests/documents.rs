@@ -50,6 +50,7 @@ fn the_readme_names_only_options_that_exist() {
     let commands = [
         &["run", "--help"][..],
         &["soak", "--help"],
+        &["launch", "--help"],
         &["agent", "export", "--help"],
         &["snapshot", "create", "--help"],
         &["snapshot", "restore", "--help"],

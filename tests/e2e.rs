@@ -71,3 +71,5 @@ mod transfers;
 mod vsock;
 /// `cleanslate vsock`: pipes between a shell and a guest's ports, of any monitor that has the convention.
 mod vsock_command;
+/// Intel's virtualization, emulated by Bochs.
+mod vtx;

@@ -66,6 +66,33 @@ fn a_recycled_sandbox_takes_job_after_job() {
 }
 
 #[test]
+fn copies_of_a_snapshot_do_jobs() {
+    let dir = temp_dir();
+    let snapshot = dir.path().join("agent.snapshot");
+    let snapshot = snapshot.to_str().unwrap();
+    run(&["snapshot", "create", snapshot, "--mem", "64"]).expect_status(0);
+    let input = file(&dir, "input", &[7; 5000]);
+    let (outcome, json) = launch(&[
+        "--count",
+        "20",
+        "--from",
+        "snapshot",
+        "--snapshot",
+        snapshot,
+        "--input",
+        input.to_str().unwrap(),
+    ]);
+    outcome.expect_status(0);
+    assert_eq!((&json["done"], &json["processes"]), (&20.into(), &20.into()), "{json}");
+    assert_eq!((&json["from"], &json["mem_mib"]), (&"snapshot".into(), &64.into()));
+    // A file that is no snapshot is none for all of them.
+    std::fs::write(dir.path().join("agent.snapshot/memory"), "short").unwrap();
+    run(&["launch", "--from", "snapshot", "--snapshot", snapshot])
+        .expect_status(2)
+        .expect_one_line_of_stderr();
+}
+
+#[test]
 fn what_waits_for_a_job_is_not_counted_into_its_time() {
     let (outcome, json) = launch(&["--count", "20", "--concurrency", "1", "--warm", "3"]);
     outcome.expect_status(0);

@@ -97,7 +97,9 @@ impl Bench<'_> {
 
     fn file(&self, name: &str) -> File {
         let path = self.dir.join(name);
-        File::options().read(true).write(true).create(true).truncate(true).open(path).expect("open")
+        // A new one: some file systems write to the medium what replaces the contents of an old one.
+        let _ = std::fs::remove_file(&path);
+        File::options().read(true).write(true).create_new(true).open(path).expect("make a file")
     }
 
     fn write(&self, ram: &GuestRam, pages: Pages<'_>) -> (Targets, Header) {
@@ -178,7 +180,7 @@ const CHUNK: u64 = 256 << 10;
 
 fn chunks(extents: &[(u64, u64)]) -> impl Iterator<Item = (u64, usize)> {
     extents.iter().flat_map(|(start, end)| {
-        (*start..*end).step_by(CHUNK as usize).map(|at| (at, (end - at).min(CHUNK) as usize))
+        (*start..*end).step_by(CHUNK as usize).map(move |at| (at, (end - at).min(CHUNK) as usize))
     })
 }
 

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod bochs;
 pub mod browser;
 pub mod client;
 pub mod guest;

@@ -24,6 +24,8 @@ use crate::sandbox::Sandbox;
 pub enum Origin {
     /// Each is made for one job, and ends after it.
     Cold,
+    /// Each is a copy of one machine that was kept as a snapshot, and ends after its job.
+    Snapshot,
     /// It is reset in place after each job, and takes the next if it proves that nothing is left.
     Recycle,
 }
@@ -33,6 +35,7 @@ impl Origin {
     pub fn name(self) -> &'static str {
         match self {
             Self::Cold => "cold",
+            Self::Snapshot => "snapshot",
             Self::Recycle => "recycle",
         }
     }

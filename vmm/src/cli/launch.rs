@@ -14,6 +14,7 @@ use jailer::SignalFd;
 
 use super::reports::ReportFile;
 use super::run::PrintError;
+use super::snapshot::clone_of;
 use super::{Error, allow_descriptors, jail, parse_duration};
 use crate::boot::Payload;
 use crate::fault::{Fault, Faults};
@@ -50,6 +51,7 @@ Exit status:
 Examples:
   cleanslate launch --count 1000 --concurrency 8
   cleanslate launch --count 10000 --from recycle --html launches.html
+  cleanslate launch --count 1000 --from snapshot --snapshot agent.snapshot
   cleanslate launch --count 200 --warm 8 --job sha256 --input data.bin --output digests
   cleanslate launch --idle 500 --hold")]
 pub(super) struct Arguments {
@@ -61,9 +63,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4096))]
     concurrency: u32,
 
-    /// Where a sandbox comes from: made for one job, or reset in place after each if it proves that nothing is left
+    /// Where a sandbox comes from: made for one job, restored for one, or reset in place after each if it proves that nothing is
+    /// left
     #[arg(long, value_enum, value_name = "WHERE", default_value_t)]
     from: From,
+
+    /// Directory of the snapshot of --from snapshot, as "cleanslate snapshot create" makes it
+    #[arg(long, value_name = "DIR", required_if_eq("from", "snapshot"))]
+    snapshot: Option<PathBuf>,
 
     /// Keep this many more sandboxes that have said hello and wait for a job
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=4096))]
@@ -90,7 +97,7 @@ pub(super) struct Arguments {
     inject: Vec<Fault>,
 
     /// Instead of jobs: have this many sandboxes wait for one that never comes, and measure their memory and wake-ups
-    #[arg(long, value_name = "N", conflicts_with_all = ["count", "from", "warm", "job", "input", "output", "poison", "inject"],
+    #[arg(long, value_name = "N", conflicts_with_all = ["count", "warm", "job", "input", "output", "poison", "inject"],
           value_parser = clap::value_parser!(u64).range(1..=16_384))]
     idle: Option<u64>,
 
@@ -102,9 +109,9 @@ pub(super) struct Arguments {
     #[arg(long, requires = "idle")]
     hold: bool,
 
-    /// RAM of each machine in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    mem: u64,
+    /// RAM of each machine in MiB [default: 128, or that of the snapshot]
+    #[arg(long, value_name = "MIB", conflicts_with = "snapshot")]
+    mem: Option<u64>,
 
     /// Boot this agent instead of the embedded one
     #[arg(long, value_name = "FILE")]
@@ -131,6 +138,8 @@ enum From {
     /// Each is made for one job, and ends after it
     #[default]
     Cold,
+    /// Restored from --snapshot for one job, and ends after it
+    Snapshot,
     /// Reset in place after each job
     Recycle,
 }
@@ -146,6 +155,8 @@ enum UsageError {
     Output(PathBuf, #[source] io::Error),
     #[error("--{0} makes no sense without --from recycle, since nothing is reset")]
     NoReset(&'static str),
+    #[error("--snapshot makes no sense without --from snapshot")]
+    NoRestore,
 }
 
 impl Arguments {
@@ -160,11 +171,15 @@ impl Arguments {
                 return Err(UsageError::NoReset(option).into());
             }
         }
+        if self.snapshot.is_some() && self.from != From::Snapshot {
+            return Err(UsageError::NoRestore.into());
+        }
         Ok(Plan {
             count: self.idle.unwrap_or(self.count),
             concurrency: self.concurrency as usize,
             origin: match self.from {
                 From::Cold => Origin::Cold,
+                From::Snapshot => Origin::Snapshot,
                 From::Recycle => Origin::Recycle,
             },
             warm: self.warm as usize,
@@ -190,18 +205,22 @@ impl Arguments {
     }
 
     fn config(&self) -> Result<Config, Error> {
+        if let (From::Snapshot, Some(directory)) = (self.from, &self.snapshot) {
+            let config = clone_of(directory, self.agent.as_ref())?;
+            return Ok(Config { seccomp: true, ..config });
+        }
         let recycles = self.from == From::Recycle;
         Ok(Config {
             looks_first: recycles,
             faults: Faults::new(self.inject.clone(), PmuPolicy::Off, self.poison)?,
             seccomp: true,
-            ..Config::new(Payload::Agent(self.agent.clone()), self.mem)
+            ..Config::new(Payload::Agent(self.agent.clone()), self.mem.unwrap_or(128))
         })
     }
 
     fn guidance(&self) -> Guidance {
         let residue = match (self.from, self.poison) {
-            (From::Cold, _) => ResidueCheck::Off,
+            (From::Cold | From::Snapshot, _) => ResidueCheck::Off,
             (From::Recycle, false) => ResidueCheck::Compare,
             (From::Recycle, true) => ResidueCheck::Poison,
         };
@@ -242,6 +261,7 @@ pub(super) fn main(arguments: &Arguments, null: Option<OwnedFd>) -> Result<u8, E
     let page = arguments.html.as_deref().map(ReportFile::open).transpose()?;
     allow_descriptors();
     let signals = SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
+    let mem_mib = config.mem_mib;
     let mut starter = Starter::new(&arguments.jail, config, arguments.guidance(), plan.count)?;
     let nouns = Nouns { done: "launches", wrong: "failure", wrongs: "failures" };
     let mut progress = Progress::new(nouns, Some(plan.count), None);
@@ -271,7 +291,7 @@ pub(super) fn main(arguments: &Arguments, null: Option<OwnedFd>) -> Result<u8, E
         return Err(error.into());
     }
     let (figures, idle, interrupted) = ended?;
-    let report = Report { plan: &plan, mem_mib: arguments.mem, figures, idle, interrupted };
+    let report = Report { plan: &plan, mem_mib, figures, idle, interrupted };
     let text = if arguments.json { report.json() + "\n" } else { report.table() };
     let written = page.map_or(Ok(()), |page| page.write(&html(&report)));
     let mut stdout = io::stdout().lock();
@@ -313,6 +333,9 @@ mod tests {
         check(&["--concurrency", "0"], "--concurrency");
         check(&["--from", "nowhere"], "--from");
         check(&["--idle", "5", "--job", "echo"], "--idle");
+        check(&["--from", "snapshot"], "--snapshot");
+        check(&["--snapshot", "/nowhere"], "--from snapshot");
+        check(&["--from", "snapshot", "--snapshot", "/no/such/snapshot"], "/no/such/snapshot");
         check(&["--hold"], "--idle");
         check(&["--poison"], "--from recycle");
         check(&["--inject", "vsock-kept"], "--from recycle");

@@ -10,6 +10,8 @@ use std::time::Instant;
 
 use clap::{Args, Subcommand};
 
+pub(super) use restore::clone_of;
+
 use super::Error;
 use crate::machine::MachineState;
 use crate::snapshot::{self, FilesError, Header, Snapshot, SnapshotError};

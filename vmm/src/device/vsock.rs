@@ -249,10 +249,7 @@ impl Guest {
         match self.due {
             Due::Nothing => return Ok(Pause::Done),
             Due::Noting(posted) => {
-                if events.posted(&self.ram)? == posted && !events.listen(&self.ram)? {
-                    return Ok(Pause::NoBuffers);
-                }
-                if events.posted(&self.ram)? != posted {
+                if events.listen_beyond(&self.ram, posted)? {
                     self.due = Due::Nothing;
                 }
                 return Ok(Pause::Done);
@@ -271,8 +268,8 @@ impl Guest {
             events.complete(&self.ram, TRANSPORT_RESET.len() as u32)?;
         }
         self.due = Due::Noting(posted);
-        events.listen(&self.ram)?;
-        Ok(Pause::NoBuffers)
+        let noted = events.listen_beyond(&self.ram, posted)?;
+        Ok(if noted { Pause::Enough } else { Pause::NoBuffers })
     }
 
     /// Takes packets from the guest, at most a ring full of them.

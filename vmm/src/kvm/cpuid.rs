@@ -50,15 +50,14 @@ pub fn is_amd(cpuid: &CpuId) -> bool {
     matches!(Leaf::get(cpuid, 0, 0).ebx, AUTH | HYGO)
 }
 
+/// What a KVM can give, and which kind it is.
+pub type Supported = (CpuId, KvmKind);
+
 /// What this KVM can give any guest under `policy`, before the differences between vCPUs, and which kind of KVM it is.
 ///
 /// # Errors
 /// [`KvmError::Request`] if KVM does not tell, [`KvmError::NotAmd`] if the processor has another PMU than the emulated one.
-pub fn supported(
-    kvm: &Kvm,
-    module: Module,
-    policy: PmuPolicy,
-) -> Result<(CpuId, KvmKind), KvmError> {
+pub fn supported(kvm: &Kvm, module: Module, policy: PmuPolicy) -> Result<Supported, KvmError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::request("get the supported CPUID"))?;

@@ -387,7 +387,7 @@ impl<'a> Coordinator<'a> {
         match judged.findings.first() {
             None => {
                 self.figures.hello.add(cell.began.elapsed().as_micros() as u64);
-                if let (true, Some(us)) = (judged.life > 1, judged.hello_us) {
+                if let (true, Some(us)) = (cell.jobs > 0, judged.hello_us) {
                     self.figures.reset_hello.add(us);
                     self.figures.recycled += 1;
                 }

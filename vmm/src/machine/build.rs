@@ -53,7 +53,7 @@ pub fn launch(
     resources: Resources,
     interrupts: Interrupts,
 ) -> Result<Handle, MachineError> {
-    let Resources { kvm, module, origin, listener, disks, snapshot, .. } = resources;
+    let Resources { kvm, module, origin, listener, disks, snapshot, supported, .. } = resources;
     let restore = config.restore.as_ref().zip(snapshot);
     if let Some((restore, snapshot)) = &restore {
         restore.check(config, snapshot.bytes())?;
@@ -64,7 +64,10 @@ pub fn launch(
     config.check_faults()?;
     // This thread sleeps now and then while KVM builds the machine; that one uses the time.
     let thread = EventLoopThread::spawn(config.seccomp)?;
-    let (mut supported, kind) = cpuid::supported(&kvm, module, config.pmu)?;
+    let (mut supported, kind) = match supported {
+        Some(supported) => supported,
+        None => cpuid::supported(&kvm, module, config.pmu)?,
+    };
     config.check_kvm(kind)?;
     config.cpu_template.check_capabilities(&kvm).map_err(KvmError::from)?;
     let mut identity = host_identity(&supported, kind);

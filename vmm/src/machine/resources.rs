@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::boot::Image;
 use crate::device::block::Disk;
 use crate::device::vsock::{Listener, SocketFile};
+use crate::kvm::cpuid::{self, Supported};
 use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
 use crate::layout::Entry;
@@ -22,6 +23,8 @@ pub struct Resources {
     pub(super) origin: Origin,
     pub(super) listener: Option<Listener>,
     pub(super) disks: Vec<Disk>,
+    /// What its KVM can give, if it was asked before.
+    pub(super) supported: Option<Supported>,
     /// RAM of the snapshot that the machine is restored from.
     pub(super) snapshot: Option<Template>,
     targets: Option<Targets>,
@@ -59,20 +62,24 @@ impl Resources {
         }
         let snapshot = config.restore.as_ref().map(snapshot_template).transpose()?;
         let module = Module::read();
-        Ok((Self { kvm, module, origin, listener, disks, snapshot, targets: None }, files))
+        let (targets, supported) = (None, None);
+        let opened = Self { kvm, module, origin, listener, disks, snapshot, targets, supported };
+        Ok((opened, files))
     }
 
-    /// Makes the template of guest RAM now, for all processes that are copies of this one: they share its pages.
+    /// Makes the template of guest RAM now, for all processes that are copies of this one: they share its pages. Asks KVM what it can
+    /// give as well, which takes a third of a millisecond where the host is a guest itself.
     ///
     /// # Errors
     /// As for [`super::launch`].
-    pub fn with_template(mut self, config: &Config) -> Result<Self, MachineError> {
+    pub fn prepared(mut self, config: &Config) -> Result<Self, MachineError> {
         if let Origin::Image(image) = self.origin {
             let vcpus = config.checked_vcpus(&self.kvm)?;
             config.check_command_line()?;
             let (template, entry) = super::build::template(config, image, vcpus)?;
             self.origin = Origin::Template(template, entry);
         }
+        self.supported = Some(cpuid::supported(&self.kvm, self.module, config.pmu)?);
         Ok(self)
     }
 

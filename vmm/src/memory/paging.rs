@@ -185,7 +185,7 @@ pub fn end_without_pages() -> ! {
     eprintln!(
         "cleanslate: the page server is gone, and with it pages of the guest's RAM: the machine cannot go on"
     );
-    std::process::exit(crate::exit::USAGE_OR_HOST.into())
+    signal_hook::low_level::exit(crate::exit::USAGE_OR_HOST.into())
 }
 
 mod request {

@@ -36,7 +36,7 @@ impl<'a> Starter<'a> {
         wishes.jail(&config, numbered(&id, count.saturating_mul(2))?)?;
         let janitor = Rc::new(Janitor::start()?);
         let (resources, _) = Resources::open(&config)?;
-        let resources = Some(resources.with_template(&config)?);
+        let resources = Some(resources.prepared(&config)?);
         Ok(Self { wishes, config, guidance, id, resources, told_of_lacks: false, janitor })
     }
 

@@ -1,6 +1,6 @@
 //! `cleanslate snapshot restore`: a machine goes on, is judged, and can be reset as any other.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -121,25 +121,51 @@ pub(super) fn main(arguments: &Arguments, started: Instant) -> Result<u8, Error>
 }
 
 fn config(arguments: &Arguments) -> Result<Config, Error> {
-    let directory = Directory(&arguments.directory);
+    restored(&arguments.directory, &arguments.base, |guest, config| {
+        let payload = payload(arguments, guest)?;
+        let config = Config {
+            cid: arguments.cid,
+            vsock_path: arguments.uds.clone(),
+            vsock_messages_path: arguments.uds_seqpacket.clone(),
+            disks: arguments.disk.clone(),
+            dma_audit: arguments.dma_audit,
+            ..config
+        };
+        Ok((payload, config))
+    })
+}
+
+/// The machine of an agent's snapshot in `directory`, as one that has nothing but that.
+pub(in crate::cli) fn clone_of(directory: &Path, agent: Option<&PathBuf>) -> Result<Config, Error> {
+    restored(directory, &[], |guest, config| match (guest, agent) {
+        (GuestKind::Agent(_), None) => Ok((Payload::Agent(None), config)),
+        (GuestKind::AgentFile, Some(path)) => Ok((Payload::Agent(Some(path.clone())), config)),
+        (GuestKind::AgentFile, None) => Err(RestoreError::AgentFile.into()),
+        (GuestKind::Agent(_), Some(_)) => Err(RestoreError::NotOfIt("--agent", guest).into()),
+        (GuestKind::Kernel | GuestKind::Linux, _) => Err(RestoreError::NoAgent.into()),
+    })
+}
+
+/// The machine of a snapshot. `choose` says what a reset boots, and what the machine has besides.
+fn restored(
+    directory: &Path,
+    base: &[PathBuf],
+    choose: impl FnOnce(GuestKind, Config) -> Result<(Payload, Config), Error>,
+) -> Result<Config, Error> {
+    let directory = Directory(directory);
     let snapshot = directory.read()?;
-    let below = arguments.base.iter().map(|base| {
+    let below = base.iter().map(|base| {
         let base = Directory(base);
         Ok((base.header()?, base.memory()))
     });
     let mut layers = below.collect::<Result<Vec<_>, DirectoryError>>()?;
     layers.push((snapshot.header.clone(), directory.memory()));
     let description = snapshot.state.description().clone();
-    let payload = payload(arguments, description.guest)?;
     let config = Config {
-        cid: arguments.cid,
-        vsock_path: arguments.uds.clone(),
-        vsock_messages_path: arguments.uds_seqpacket.clone(),
-        disks: arguments.disk.clone(),
-        dma_audit: arguments.dma_audit,
         restore: Some(Restore { header: snapshot.header, state: Arc::new(snapshot.state), layers }),
-        ..Config::new(payload.clone(), description.mem_mib)
+        ..Config::new(Payload::Agent(None), description.mem_mib)
     };
+    let (payload, config) = choose(description.guest, config)?;
     Ok(description.configure(config, payload))
 }
 

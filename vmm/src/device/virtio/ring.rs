@@ -162,6 +162,21 @@ impl Ring {
         Ok(self.queue.enable_notification(ram)?)
     }
 
+    /// Asks the driver for a notification when it has posted more than `posted`, however much of that was taken. True if it has
+    /// done so already.
+    pub fn listen_beyond(&mut self, ram: &GuestRam, posted: u16) -> Result<bool, BrokenRing> {
+        self.listen(ram)?;
+        if self.queue.event_idx_enabled() {
+            // `avail_event`, behind the used ring's entries (virtio 1.2, section 2.7.10); virtio-queue has the next entry there.
+            let at = self.queue.used_ring() + 4 + 8 * u64::from(self.queue.size());
+            ram.store(posted.to_le(), GuestAddress(at), Ordering::Relaxed)
+                .map_err(|_| BrokenRing)?;
+            // As with flags: one of the two sides sees the other.
+            fence(Ordering::SeqCst);
+        }
+        Ok(self.posted(ram)? != posted)
+    }
+
     /// True if the driver wants to hear of completions since the last call.
     pub fn must_signal(&mut self, ram: &GuestRam) -> Result<bool, BrokenRing> {
         if !std::mem::take(&mut self.unsignalled) {

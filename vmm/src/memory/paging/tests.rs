@@ -169,11 +169,7 @@ fn a_server_that_is_no_longer_needed_may_end() {
     assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
     let (said, heard) = std::sync::mpsc::channel();
     let end = said.clone();
-    let begin = move || {
-        restrict(ThreadKind::Pages).unwrap();
-        said.send("began").unwrap();
-    };
-    pages.watch(begin, move || end.send("missed").unwrap()).unwrap();
+    pages.watch(move || said.send("began").unwrap(), move || end.send("missed").unwrap()).unwrap();
     let template = Template::build(RAM, |_| Ok::<_, MemoryError>(())).unwrap().0;
     memory.replace(Backing::private(&template).unwrap()).unwrap();
     pages.dismiss();
@@ -188,6 +184,7 @@ fn a_server_that_is_no_longer_needed_may_end() {
 #[ignore = "another test runs it in a process of its own"]
 fn machine() {
     let (memory, pages) = served(&directory());
+    // (A thread of a test ends with calls that none of the program's makes, but this one ends with its process.)
     pages.watch(|| restrict(ThreadKind::Pages).unwrap(), || end_without_pages()).unwrap();
     let mut machine = Machine::of(memory);
     println!("the guest read {}", machine.run());

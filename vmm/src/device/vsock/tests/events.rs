@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::EVENT_QUEUE;
 use super::super::testing::EVENT_BUFFERS;
 use super::*;
 use crate::device::virtio::VirtioDevice;
@@ -54,7 +53,6 @@ fn a_transport_reset_ends_all_connections_and_tells_the_guest() {
     driver.expect_silence();
     assert!(!driver.backend_is_ready(), "it is the guest's move");
     driver.post_event_buffer(64);
-    driver.vsock.handle_queue(EVENT_QUEUE as u16);
 
     // What the guest still sends on the old connection is a stranger's, and new ones work.
     driver.expect(Op::Reset);
@@ -109,8 +107,17 @@ fn an_event_waits_for_a_buffer_and_takes_what_was_opened_meanwhile_with_it() {
 
 #[test]
 fn a_restored_device_tells_the_guest_before_anything_else() {
-    let mut driver = TestDriver::new(pathless());
-    driver.post_event_buffer(4);
+    for event_idx in [false, true] {
+        check_restored(event_idx);
+    }
+}
+
+fn check_restored(event_idx: bool) {
+    let mut driver = TestDriver::without_buffers(pathless(), event_idx);
+    driver.post(8);
+    for _ in 0..5 {
+        driver.post_event_buffer(4);
+    }
     let (_stream, key) = connected(&mut driver);
     driver.add(driver.header(key, Op::CreditRequest), &[]);
 
@@ -121,7 +128,6 @@ fn a_restored_device_tells_the_guest_before_anything_else() {
     assert_eq!(take_event(&mut driver), Some(0));
     driver.expect_silence();
     driver.post_event_buffer(4);
-    driver.vsock.handle_queue(EVENT_QUEUE as u16);
     // The packet of an earlier connection has no other answer, and the client's request comes from a port of its own.
     driver.expect(Op::Reset);
     let (request, _) = driver.expect(Op::Request);
