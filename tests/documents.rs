@@ -55,6 +55,7 @@ fn the_readme_names_only_options_that_exist() {
         &["snapshot", "create", "--help"],
         &["snapshot", "restore", "--help"],
         &["doctor", "--help"],
+        &["api", "--help"],
     ];
     let help: String = commands.map(|command| run(command).stdout).concat();
     let text = read("README.md");

@@ -91,6 +91,27 @@ fn a_forbidden_call_of_a_disks_thread_ends_the_machine_and_is_named() {
         .expect_stderr(&format!(" on {}\n", ThreadKind::Disk));
 }
 
+#[test]
+fn a_forbidden_call_of_the_apis_http_thread_ends_the_instance_and_is_named() {
+    if std::env::var_os(TRACES).is_some() {
+        return;
+    }
+    let dir = temp_dir();
+    let socket = dir.path().join("api.sock");
+    let arguments = ["api", "--api-sock", socket.to_str().unwrap()];
+    let started = start_with_a_wrong_call(&arguments, "accept4", 1);
+    // Its first client is what it makes the call for.
+    eventually("somebody listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    started
+        .finish("cleanslate api with a wrong accept4")
+        .expect_status(2)
+        .expect_stderr(
+            "the process that serves clients ended: made a system call that its filter forbids",
+        )
+        .expect_stderr(&format!(" on {}\n", ThreadKind::Http));
+    assert!(!socket.exists());
+}
+
 /// A call in a trace: its name and its arguments, as far as they are numbers.
 struct Call<'a> {
     name: &'a str,

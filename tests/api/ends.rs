@@ -158,6 +158,21 @@ fn the_end_of_either_process_is_told_and_is_the_end_of_the_other() {
 }
 
 #[test]
+fn who_waits_for_a_machine_that_ends_is_told() {
+    let api = with_agent();
+    let machine = Pid::from_raw(api.jailed(2)[1] as i32).unwrap();
+    kill_process(machine, Signal::STOP).unwrap();
+    let mut waiting = crate::harness::api::connect(&api.socket);
+    let request = b"GET /cleanslate/console HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    std::io::Write::write_all(&mut waiting, request).unwrap();
+    // It has been taken when a later one is answered.
+    assert_eq!(api.get_json("/")["state"], "Running");
+    kill_process(machine, Signal::KILL).unwrap();
+    crate::harness::api::read_response(&mut waiting).expect_refused("was killed by signal 9");
+    api.finish().expect_status(2);
+}
+
+#[test]
 fn the_process_that_hears_clients_has_nothing_and_may_do_little() {
     let api = Api::start();
     // Whoever answers is confined.

@@ -75,7 +75,7 @@ fn misfit(document: &Value, schema: &Value, value: &Value) -> Option<String> {
             return Some(why);
         }
     }
-    let Some(object) = value.as_object() else { return None };
+    let object = value.as_object()?;
     for name in schema["required"].as_array().into_iter().flatten() {
         if !object.contains_key(name.as_str().unwrap()) {
             return Some(format!("{value} lacks {name}"));

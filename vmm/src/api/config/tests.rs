@@ -80,7 +80,9 @@ fn a_file_says_all_at_once_and_is_given_out_again() {
         "balloon": null
     }"#;
     let config = from_file(text).unwrap();
-    let again = VmConfig::from_file(config.to_json().to_string().as_bytes(), no_files).unwrap();
+    let mut again = VmConfig::from_file(config.to_json().to_string().as_bytes(), no_files).unwrap();
+    // Told in words, as Firecracker does.
+    assert_eq!(again.machine.huge_pages.take().as_deref(), Some("None"));
     assert_eq!(again, config);
     let machine = config.machine().unwrap();
     assert_eq!((machine.vcpus, machine.mem_mib, machine.rng), (2, 64, true));

@@ -50,7 +50,7 @@ fn what_no_machine_has_is_refused_by_name() {
     refused(Put, "/snapshot/create", both, "the same file");
     refused(Put, "/snapshot/load", r#"{"snapshot_path":"/s"}"#, "missing field: either");
     refused(Put, "/logger", r#"{"level":"loud"}"#, "level \"loud\" is none of");
-    refused(Patch, "/machine-config", "{}", "");
+    refused(Patch, "/machine-config", r#"{"bogus":1}"#, "unknown field `bogus`");
     refused(Put, "/cleanslate/machine", r#"{"pmu_counters":4}"#, "\"pmu\": \"emulated\"");
     refused(Put, "/network-interfaces/eth0", "{}", "over vsock");
 }
