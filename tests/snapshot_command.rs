@@ -1,11 +1,13 @@
 //! `cleanslate snapshot`: a machine as files, machines made of them, and what is said of files that are none.
 
+use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::counters::processor_is_amds;
-use crate::harness::{Outcome, run, temp_dir};
+use crate::harness::{Outcome, page_server, run, skipped, temp_dir};
 
 /// Makes a snapshot in `dir` and gives its path.
 fn create(dir: &tempfile::TempDir, name: &str, options: &[&str]) -> String {
@@ -142,4 +144,52 @@ fn a_machine_with_findings_is_kept_only_if_that_is_wanted() {
     assert!(!Path::new(&path).exists());
     run(&[&odd[..], &["--force"]].concat()).expect_status(1).expect_stdout("snapshot ");
     assert_eq!(names(Path::new(&path)), ["memory", "state"]);
+}
+
+/// A page server of this process for the snapshot at `path`, with the socket's path. It gives `most` pages.
+fn serve_pages(
+    dir: &tempfile::TempDir,
+    path: &str,
+    most: usize,
+) -> (String, std::thread::JoinHandle<usize>) {
+    let socket = dir.path().join("pages").to_str().unwrap().to_owned();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let file = File::open(Path::new(path).join("memory")).unwrap();
+    let server = std::thread::spawn(move || page_server::serve(&listener, &file, most));
+    (socket, server)
+}
+
+#[test]
+fn ram_can_come_from_a_page_server_until_the_first_reset() {
+    if !Path::new("/dev/userfaultfd").exists() {
+        return skipped("the kernel has no /dev/userfaultfd");
+    }
+    let dir = temp_dir();
+    let path = create(&dir, "agent", &[]);
+    let (socket, server) = serve_pages(&dir, &path, usize::MAX);
+    // The machine has nothing of this file but what the server gives it.
+    std::fs::remove_file(Path::new(&path).join("memory")).unwrap();
+    restore(&path, &["--page-server", &socket, "--resets", "2"])
+        .expect_status(0)
+        .expect_stdout("clean: 3 lives, no findings");
+    let served = server.join().unwrap();
+    assert!((10..32_768).contains(&served), "{served} pages of 32,768");
+}
+
+#[test]
+fn a_page_server_that_ends_or_is_not_there_is_told_in_a_line() {
+    if !Path::new("/dev/userfaultfd").exists() {
+        return skipped("the kernel has no /dev/userfaultfd");
+    }
+    let dir = temp_dir();
+    let path = create(&dir, "agent", &[]);
+    let nowhere = dir.path().join("nowhere");
+    restore(&path, &["--page-server", nowhere.to_str().unwrap()])
+        .expect_status(2)
+        .expect_stderr("nowhere");
+    let (socket, server) = serve_pages(&dir, &path, 5);
+    restore(&path, &["--page-server", &socket])
+        .expect_status(2)
+        .expect_stderr("the page server is gone");
+    assert_eq!(server.join().unwrap(), 5);
 }

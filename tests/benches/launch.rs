@@ -86,7 +86,7 @@ mod here {
     use vmm::agent::Agent;
     use vmm::boot::Payload;
     use vmm::device::vsock::GuestPort;
-    use vmm::machine::{Config, Interrupts, Resources, Restore, launch};
+    use vmm::machine::{Config, Interrupts, RamSource, Resources, Restore, launch};
     use vmm::snapshot::{open, read_header, read_state};
 
     pub fn config_without_snapshot(mem_mib: usize) -> Config {
@@ -103,7 +103,7 @@ mod here {
         let state: Arc<vmm::machine::MachineState> = Arc::new(snapshot.state);
         let payload = Payload::Agent(None);
         let config = state.description().configure(config_without_snapshot(0), payload);
-        let restore = Restore { header: snapshot.header, state, layers };
+        let restore = Restore { header: snapshot.header, state, ram: RamSource::Files(layers) };
         Config { restore: Some(restore), ..config }
     }
 

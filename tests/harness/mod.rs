@@ -9,6 +9,7 @@ pub mod guest;
 pub mod held;
 pub mod holdings;
 pub mod lab;
+pub mod page_server;
 pub mod process;
 pub mod vm;
 pub mod vsock_guest;

@@ -12,7 +12,7 @@ use vmm::device::vsock::GuestPort;
 use vmm::kvm::identity::HostIdentity;
 use vmm::machine::{
     self, CaptureError, Config, Event, Handle, Interrupts, MachineError, MachineState, NmiOutcome,
-    NmiVia, Resources, Restore, SnapshotKind, Stop,
+    NmiVia, RamSource, Resources, Restore, SnapshotKind, Stop,
 };
 use vmm::snapshot::{self, Snapshot, Summary, Targets};
 
@@ -66,7 +66,14 @@ impl Files {
         let Snapshot { header, state } = files.last().expect("a snapshot").read();
         let payload = config.payload.clone();
         let config = state.description().configure(config, payload);
-        Config { restore: Some(Restore { header, state: Arc::new(state), layers }), ..config }
+        Config {
+            restore: Some(Restore {
+                header,
+                state: Arc::new(state),
+                ram: RamSource::Files(layers),
+            }),
+            ..config
+        }
     }
 }
 

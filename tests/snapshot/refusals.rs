@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vmm::device::block::DiskConfig;
 use vmm::lifecycle::chain;
-use vmm::machine::{Config, MachineState, Restore};
+use vmm::machine::{Config, MachineState, RamSource, Restore};
 use vmm::snapshot::Header;
 
 use crate::harness::vm::{Files, Vm, agent};
@@ -105,7 +105,10 @@ fn files_that_do_not_belong_together_are_refused() {
     drop(vm.agent());
     let another = vm.snapshot();
     let mut config = one.restored(agent());
-    config.restore.as_mut().unwrap().layers[0].1 = another.memory();
+    let RamSource::Files(layers) = &mut config.restore.as_mut().unwrap().ram else {
+        panic!("it comes from files");
+    };
+    layers[0].1 = another.memory();
     // The agent remembers the connection that there was between them.
     check(config, "the memory file's checksum is wrong");
     let config = one.restored(agent());

@@ -31,7 +31,7 @@ pub use build::launch;
 pub use config::{Config, ConfigError, MAX_MEM_MIB, MIN_MEM_MIB, MOST_DISKS, ResetPolicy};
 pub use interrupts::Interrupts;
 pub use resources::Resources;
-pub use saved::{Description, GuestKind, MachineState, Restore, RestoreError};
+pub use saved::{Description, GuestKind, MachineState, RamSource, Restore, RestoreError};
 
 use crate::boot::BootError;
 use crate::bus::{Bus, Shared, lock};
@@ -55,6 +55,7 @@ use crate::kvm::identity::HostIdentity;
 use crate::kvm::pmu::PmuAbsence;
 use crate::kvm::state::PowerOnState;
 use crate::kvm::vm::Vm;
+use crate::memory::paging::{PageServer, PagingError};
 use crate::memory::{Backing, Memory, MemoryError};
 use crate::snapshot::{FilesError, SnapshotError, SnapshotId, Summary, Targets};
 use events::{EventReceiver, EventSender};
@@ -72,6 +73,9 @@ pub enum MachineError {
     /// Memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A page server could not be had.
+    #[error(transparent)]
+    Paging(#[from] PagingError),
     /// The faults on purpose cannot be seen on this machine.
     #[error(transparent)]
     Fault(#[from] FaultError),
@@ -148,6 +152,8 @@ struct Machine {
     memory: Memory,
     /// RAM at power-on, until the first reset of a machine that began otherwise.
     boot: Option<Backing>,
+    /// Who has RAM's pages until then, if that is another process.
+    pages: Option<Arc<PageServer>>,
     /// The snapshot since which the written pages are noted, if they are.
     parent: Option<SnapshotId>,
     config: Config,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::config::VmConfig;
 use super::model::{LoadSnapshot, MemoryBackendType, Vsock};
 use crate::lifecycle::chain;
-use crate::machine::{Config, GuestKind, MachineState, Restore};
+use crate::machine::{Config, GuestKind, MachineState, RamSource, Restore};
 use crate::snapshot::{self, Kind, Snapshot};
 
 /// The machine of a snapshot, as it was described, and as it is to be built.
@@ -15,18 +15,16 @@ use crate::snapshot::{self, Kind, Snapshot};
 /// # Errors
 /// Why there is none, in words.
 pub fn load(wanted: &LoadSnapshot) -> Result<(VmConfig, Config), String> {
-    let memory = match wanted.memory() {
-        Some(memory) if memory.backend_type == MemoryBackendType::File => memory.backend_path,
-        _ => {
-            return Err("mem_backend: RAM comes from a file here, which costs no copy of what is not used: \
-                        give backend_type File"
-                .into());
-        }
+    let Some(memory) = wanted.memory() else {
+        return Err("mem_backend: say where RAM comes from".into());
     };
     let snapshot = read(&wanted.snapshot_path).map_err(|error| {
         format!("Load snapshot error: {:?}: {}", wanted.snapshot_path, chain(&*error))
     })?;
-    if let Kind::Layer(parent) = snapshot.header.kind {
+    // A page server has all of RAM, wherever it has that from.
+    if let (Kind::Layer(parent), MemoryBackendType::File) =
+        (snapshot.header.kind, memory.backend_type)
+    {
         return Err(format!(
             "the snapshot has only what changed since the snapshot {parent}: `cleanslate snapshot restore --base` puts them \
              together"
@@ -42,8 +40,13 @@ pub fn load(wanted: &LoadSnapshot) -> Result<(VmConfig, Config), String> {
     let config = described.machine().map_err(|refusal| refusal.to_string())?;
     let payload = config.payload.clone();
     let description = snapshot.state.description().clone();
-    let layers = vec![(snapshot.header.clone(), memory)];
-    let restore = Restore { header: snapshot.header, state: Arc::new(snapshot.state), layers };
+    let ram = match memory.backend_type {
+        MemoryBackendType::File => {
+            RamSource::Files(vec![(snapshot.header.clone(), memory.backend_path)])
+        }
+        MemoryBackendType::Uffd => RamSource::Server(memory.backend_path),
+    };
+    let restore = Restore { header: snapshot.header, state: Arc::new(snapshot.state), ram };
     let config = Config { restore: Some(restore), starts_paused: !wanted.resume_vm, ..config };
     Ok((described, description.configure(config, payload)))
 }

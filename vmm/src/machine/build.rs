@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::event_loop::{EventLoop, EventLoopThread};
 use super::events::{EventReceiver, events};
 use super::pmu::VcpuPmu;
-use super::resources::Origin;
+use super::resources::{Origin, SnapshotRam};
 use super::slots::Slots;
 use super::vcpu_thread::{Surroundings, VcpuThread};
 use super::{
@@ -40,6 +40,7 @@ use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{CpuId, Kvm, KvmError, cpuid};
 use crate::layout::{self, Entry, VirtioSlot};
+use crate::memory::paging::{self, PageServer, PageSource};
 use crate::memory::{Backing, Memory, Template};
 
 /// Builds the machine of `config` with what [`Resources::open`] opened for it, and starts its first life. If the
@@ -56,7 +57,11 @@ pub fn launch(
     let Resources { kvm, module, origin, listener, disks, snapshot, supported, .. } = resources;
     let restore = config.restore.as_ref().zip(snapshot);
     if let Some((restore, snapshot)) = &restore {
-        restore.check(config, snapshot.bytes())?;
+        let bytes = match snapshot {
+            SnapshotRam::Template(template) => template.bytes(),
+            SnapshotRam::Server(_) => restore.header.ram_bytes,
+        };
+        restore.check(config, bytes)?;
     }
     let kvm = Arc::new(kvm);
     let vcpu_count = config.checked_vcpus(&kvm)?;
@@ -79,8 +84,8 @@ pub fn launch(
     }
     config.cpu_template.change_cpuid(&mut supported).map_err(KvmError::from)?;
     pmu::check_faults(&supported, &config.faults)?;
-    let snapshot = restore.as_ref().map(|(_, snapshot)| snapshot);
-    let Built { vm, memory, entry, boot } =
+    let (restore, snapshot) = restore.unzip();
+    let Built { vm, memory, entry, boot, pages } =
         build_vm(config, (origin, snapshot), &kvm, (module, kind), vcpu_count)?;
     if emulates_pmu {
         vm.divert_registers(&kvm, &device::pmu::REGISTERS)?;
@@ -131,7 +136,8 @@ pub fn launch(
         memory,
         config: config.clone(),
         boot,
-        parent: restore.as_ref().map(|(restore, _)| restore.header.id),
+        pages,
+        parent: restore.map(|restore| restore.header.id),
         life: 1,
         cause: Cause::PowerOn,
         identity,
@@ -142,7 +148,7 @@ pub fn launch(
         wake: Arc::clone(&wake),
         events: events_out,
     };
-    if let Some((restore, _)) = restore {
+    if let Some(restore) = restore {
         restore.header.check_host(&machine.identity)?;
         machine.restore(&restore.state)?;
     }
@@ -219,11 +225,12 @@ struct Built {
     entry: Entry,
     /// RAM at power-on, if that is not what the machine begins with.
     boot: Option<Backing>,
+    pages: Option<Arc<PageServer>>,
 }
 
 fn build_vm(
     config: &Config,
-    (origin, snapshot): (Origin, Option<&Template>),
+    (origin, snapshot): (Origin, Option<SnapshotRam>),
     kvm: &Kvm,
     (module, kind): (Module, KvmKind),
     vcpus: u8,
@@ -232,16 +239,27 @@ fn build_vm(
     let Some(snapshot) = snapshot else {
         let (image, entry) = load()?;
         let memory = map(config, image)?;
+        write_generation(config, &memory)?;
         let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
-        return Ok(Built { vm, memory, entry, boot: None });
+        return Ok(Built { vm, memory, entry, boot: None, pages: None });
     };
     // What the machine boots is wanted at its first reset, when nobody may make files any more. KVM takes its time meanwhile.
     std::thread::scope(|scope| {
         let loading = scope.spawn(load);
-        let memory = map(config, Backing::extents(snapshot, layout::AGENT_END)?)?;
+        let (memory, pages) = match snapshot {
+            SnapshotRam::Template(template) => {
+                (map(config, Backing::extents(&template, layout::AGENT_END)?)?, None)
+            }
+            SnapshotRam::Server(source) => {
+                let memory = map(config, Backing::nothing(config.mem_mib << 20))?;
+                let pages = serve(config, source, &memory)?;
+                (memory, Some(pages))
+            }
+        };
+        write_generation(config, &memory)?;
         let vm = Vm::new(kvm, module, kind, &memory, config.pmu)?;
         let (image, entry) = loading.join().expect("the thread has not panicked")?;
-        Ok(Built { vm, memory, entry, boot: Some(image) })
+        Ok(Built { vm, memory, entry, boot: Some(image), pages })
     })
 }
 
@@ -276,10 +294,35 @@ fn map(config: &Config, backing: Backing) -> Result<Memory, MachineError> {
     if config.track_dirty_pages {
         memory.track_writes();
     }
-    if config.payload.is_unikernel() {
-        boot::write_generation(memory.ram())?;
-    }
     Ok(memory)
+}
+
+/// Has a page server have the pages of `memory`. If it goes, so does this process: whoever waits for a page waits for ever.
+fn serve(
+    config: &Config,
+    source: PageSource,
+    memory: &Memory,
+) -> Result<Arc<PageServer>, MachineError> {
+    let pages = Arc::new(source.serve(memory)?);
+    let seccomp = config.seccomp;
+    let confine = move || {
+        if seccomp && let Err(error) = restrict(ThreadKind::Pages) {
+            eprintln!("cleanslate: {error}");
+            paging::end_without_pages();
+        }
+    };
+    pages
+        .watch(confine, || paging::end_without_pages())
+        .map_err(MachineError::host("start the page server's thread"))?;
+    Ok(pages)
+}
+
+/// Before the guest runs; with a page server this is the first page that is asked for.
+fn write_generation(config: &Config, memory: &Memory) -> Result<(), MachineError> {
+    match config.payload.is_unikernel() {
+        true => Ok(boot::write_generation(memory.ram())?),
+        false => Ok(()),
+    }
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {

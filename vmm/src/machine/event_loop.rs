@@ -226,8 +226,9 @@ impl MachineEvents {
 impl Machine {
     /// The last thing that a machine does. Its connections end after the event that says why, so that whoever sees the end
     /// of one finds the event.
-    fn stop(&self, stop: Stop) {
+    fn stop(&mut self, stop: Stop) {
         self.park_vcpus();
+        self.dismiss_page_server();
         self.events.send(Event::Stopped(stop));
         lock(&self.devices.virtio.vsock).device.shut_down();
     }

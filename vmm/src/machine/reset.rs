@@ -45,6 +45,7 @@ impl Machine {
         if let Some(boot) = self.boot.take() {
             // The machine went on from a snapshot: that is gone, and the boot image takes its place.
             self.memory.replace(boot)?;
+            self.dismiss_page_server();
         } else if self.config.faults.has(Fault::RamKept) {
             self.memory.restore_below(layout::AGENT_END)?;
         } else {
@@ -84,6 +85,13 @@ impl Machine {
     fn tell_of_life(&self, cause: Cause, at: Instant) {
         // The listener may want to connect while the guest boots. If it has gone, the machine is about to be stopped.
         self.events.send(Event::Reset { life: self.life, cause, at });
+    }
+
+    /// Nobody misses a page server from here on.
+    pub(super) fn dismiss_page_server(&mut self) {
+        if let Some(pages) = self.pages.take() {
+            pages.dismiss();
+        }
     }
 
     /// Stops all vCPUs: asks all, then waits for each.

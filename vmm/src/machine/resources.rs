@@ -11,9 +11,10 @@ use crate::kvm::host::Module;
 use crate::kvm::{self, Kvm};
 use crate::layout::Entry;
 use crate::memory::Template;
+use crate::memory::paging::PageSource;
 use crate::snapshot::{self, Targets};
 
-use super::{Config, MachineError, Restore};
+use super::{Config, MachineError, RamSource, Restore};
 
 /// Open descriptors and what was read from the kernel's files.
 #[derive(Debug)]
@@ -26,8 +27,17 @@ pub struct Resources {
     /// What its KVM can give, if it was asked before.
     pub(super) supported: Option<Supported>,
     /// RAM of the snapshot that the machine is restored from.
-    pub(super) snapshot: Option<Template>,
+    pub(super) snapshot: Option<SnapshotRam>,
     targets: Option<Targets>,
+}
+
+/// RAM as a snapshot has it.
+#[derive(Debug)]
+pub(super) enum SnapshotRam {
+    /// Copied from its files.
+    Template(Template),
+    /// With whoever serves it.
+    Server(PageSource),
 }
 
 /// What guest RAM is made of.
@@ -60,7 +70,7 @@ impl Resources {
             }
             listener = Some(streams);
         }
-        let snapshot = config.restore.as_ref().map(snapshot_template).transpose()?;
+        let snapshot = config.restore.as_ref().map(snapshot_ram).transpose()?;
         let module = Module::read();
         let (targets, supported) = (None, None);
         let opened = Self { kvm, module, origin, listener, disks, snapshot, targets, supported };
@@ -93,7 +103,11 @@ impl Resources {
         let sockets = self.listener.iter().flat_map(Listener::sockets);
         descriptors.extend(sockets.map(|(_, socket)| socket));
         descriptors.extend(self.disks.iter().map(AsFd::as_fd));
-        descriptors.extend(self.snapshot.iter().map(AsFd::as_fd));
+        match &self.snapshot {
+            Some(SnapshotRam::Template(template)) => descriptors.push(template.as_fd()),
+            Some(SnapshotRam::Server(source)) => descriptors.extend(source.descriptors()),
+            None => {}
+        }
         let targets = self.targets.iter().flat_map(|targets| [&targets.state, &targets.memory]);
         descriptors.extend(targets.map(AsFd::as_fd));
         descriptors
@@ -117,10 +131,14 @@ impl Resources {
     }
 }
 
-/// The snapshot's RAM, checked and copied: its files may be changed from here on.
-fn snapshot_template(restore: &Restore) -> Result<Template, MachineError> {
+/// The snapshot's RAM: a server's, or checked and copied, so that its files may be changed from here on.
+fn snapshot_ram(restore: &Restore) -> Result<SnapshotRam, MachineError> {
+    let layers = match &restore.ram {
+        RamSource::Files(layers) => layers,
+        RamSource::Server(path) => return Ok(SnapshotRam::Server(PageSource::connect(path)?)),
+    };
     let open = |(_, path): &(_, PathBuf)| snapshot::open(path);
-    let files = restore.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    let layers: Vec<_> = restore.layers.iter().map(|(header, _)| header).zip(&files).collect();
-    Ok(snapshot::template(&layers)?)
+    let files = layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let layers: Vec<_> = layers.iter().map(|(header, _)| header).zip(&files).collect();
+    Ok(SnapshotRam::Template(snapshot::template(&layers)?))
 }

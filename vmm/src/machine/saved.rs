@@ -187,8 +187,17 @@ pub struct Restore {
     pub header: Header,
     /// The machine's state.
     pub state: Arc<MachineState>,
-    /// The memory files, base first, each with what its state file says of it.
-    pub layers: Vec<(Header, PathBuf)>,
+    /// Where RAM comes from.
+    pub ram: RamSource,
+}
+
+/// Where the RAM of a restored machine comes from.
+#[derive(Clone, Debug)]
+pub enum RamSource {
+    /// Memory files, base first, each with what its state file says of it.
+    Files(Vec<(Header, PathBuf)>),
+    /// A page server's socket: it has the pages, and gives each when it is touched first.
+    Server(PathBuf),
 }
 
 /// Why a machine cannot be restored from a snapshot.

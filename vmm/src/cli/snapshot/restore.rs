@@ -18,7 +18,7 @@ use crate::device::vsock::GuestCid;
 use crate::exit;
 use crate::kvm::pmu::PmuPolicy;
 use crate::lifecycle::{Plan, ResidueCheck};
-use crate::machine::{Config, GuestKind, Interrupts, Resources, Restore, launch};
+use crate::machine::{Config, GuestKind, Interrupts, RamSource, Resources, Restore, launch};
 use crate::memory;
 use crate::schedule::Schedule;
 
@@ -43,6 +43,11 @@ pub(super) struct Arguments {
     /// Directory of a snapshot that the one before it builds on; may be repeated, the base first
     #[arg(long, value_name = "DIRECTORY")]
     base: Vec<PathBuf>,
+
+    /// Have RAM come from the page server behind this Unix socket, page by page, and not from the snapshot's memory file
+    /// (Firecracker's userfaultfd protocol)
+    #[arg(long, value_name = "PATH", conflicts_with = "base")]
+    page_server: Option<PathBuf>,
 
     /// Reset the machine in place this many times afterwards
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -123,6 +128,10 @@ pub(super) fn main(arguments: &Arguments, started: Instant) -> Result<u8, Error>
 fn config(arguments: &Arguments) -> Result<Config, Error> {
     restored(&arguments.directory, &arguments.base, |guest, config| {
         let payload = payload(arguments, guest)?;
+        let mut config = config;
+        if let (Some(restore), Some(path)) = (&mut config.restore, &arguments.page_server) {
+            restore.ram = RamSource::Server(path.clone());
+        }
         let config = Config {
             cid: arguments.cid,
             vsock_path: arguments.uds.clone(),
@@ -162,7 +171,11 @@ fn restored(
     layers.push((snapshot.header.clone(), directory.memory()));
     let description = snapshot.state.description().clone();
     let config = Config {
-        restore: Some(Restore { header: snapshot.header, state: Arc::new(snapshot.state), layers }),
+        restore: Some(Restore {
+            header: snapshot.header,
+            state: Arc::new(snapshot.state),
+            ram: RamSource::Files(layers),
+        }),
         ..Config::new(Payload::Agent(None), description.mem_mib)
     };
     let (payload, config) = choose(description.guest, config)?;

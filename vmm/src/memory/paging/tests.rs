@@ -1,16 +1,16 @@
 //! Pages come from another process, which may end. Needs `/dev/kvm` and `/dev/userfaultfd`.
 
-use std::io::{BufRead, BufReader, IoSliceMut};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 
 use jailer::seccomp::{ThreadKind, restrict};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use serde::Deserialize;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
+
+#[path = "../../../../tests/harness/page_server.rs"]
+mod page_server;
 
 use super::*;
 use crate::kvm::dirty_log::tests::{COPY, Machine};
@@ -55,15 +55,6 @@ impl Drop for Server {
     }
 }
 
-/// The same in the server's own words, as Firecracker documents them.
-#[derive(Deserialize)]
-struct Mapping {
-    base_host_virt_addr: u64,
-    size: u64,
-    offset: u64,
-    page_size: u64,
-}
-
 #[test]
 #[ignore = "the other tests run it in a process of its own"]
 fn server() {
@@ -71,59 +62,7 @@ fn server() {
     let file = File::open(directory().join("memory")).unwrap();
     let most: usize = std::env::var(MOST).unwrap().parse().unwrap();
     println!("listening");
-    let (socket, _) = listener.accept().unwrap();
-    let (mut text, mut space) =
-        ([0; 4096], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received =
-        recvmsg(&socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::empty());
-    let mappings: Vec<Mapping> = serde_json::from_slice(&text[..received.unwrap().bytes]).unwrap();
-    let faults = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
-    });
-    let faults = File::from(faults.unwrap());
-    for _ in 0..most {
-        let mut ready = [PollFd::new(&faults, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
-        poll(&mut ready, None).unwrap();
-        if !ready[1].revents().is_empty() {
-            return;
-        }
-        let mut message = [0_u8; 32];
-        assert_eq!((&faults).read(&mut message).unwrap(), 32);
-        let word = |at: usize| u64::from_le_bytes(*message[at..].first_chunk().unwrap());
-        // `UFFD_EVENT_PAGEFAULT`
-        assert_eq!(message[0], 0x12);
-        let address = word(16);
-        let within = |mapping: &&Mapping| {
-            (mapping.base_host_virt_addr..mapping.base_host_virt_addr + mapping.size)
-                .contains(&address)
-        };
-        let mapping = mappings.iter().find(within).unwrap();
-        let offset =
-            (address - mapping.base_host_virt_addr) / mapping.page_size * mapping.page_size;
-        let mut page = vec![0_u8; mapping.page_size as usize];
-        file.read_exact_at(&mut page, mapping.offset + offset).unwrap();
-        put(&faults, mapping.base_host_virt_addr + offset, &page);
-    }
-}
-
-/// `UFFDIO_COPY`.
-fn put(faults: &File, address: u64, page: &[u8]) {
-    #[repr(C)]
-    struct Copy {
-        dst: u64,
-        src: u64,
-        len: u64,
-        mode: u64,
-        copy: i64,
-    }
-    vmm_sys_util::ioctl_iowr_nr!(UFFDIO_COPY, 0xaa, 0x03, Copy);
-    let (src, len) = (page.as_ptr() as u64, page.len() as u64);
-    let mut copy = Copy { dst: address, src, len, mode: 0, copy: 0 };
-    // SAFETY: the kernel reads the page and this structure, and writes to the process that the userfaultfd is of.
-    let result = unsafe { libc::ioctl(faults.as_raw_fd(), UFFDIO_COPY(), &raw mut copy) };
-    assert_eq!((result, copy.copy), (0, page.len() as i64), "{}", io::Error::last_os_error());
+    page_server::serve(&listener, &file, most);
 }
 
 /// A memory file: the guest of `dirty_log`, and a word at RAM's end.
