@@ -56,7 +56,7 @@ pub struct Surroundings<'a> {
 /// The same state, with x87 and SSE marked as in use, so that it is put back as it is. Of state that is not in use KVM takes
 /// nothing, MXCSR neither, which processors without compacted state (before Skylake) load all the same (Intel SDM volume 1,
 /// section 13.8): a guest would find the MXCSR of the life before.
-fn in_use(mut xsave: kvm_xsave) -> kvm_xsave {
+pub(super) fn in_use(mut xsave: kvm_xsave) -> kvm_xsave {
     /// XSTATE_BV is in the header, behind 512 bytes.
     const XSTATE_BV: usize = 512 / 4;
     const X87_AND_SSE: u32 = 0b11;

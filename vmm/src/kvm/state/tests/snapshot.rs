@@ -1,5 +1,6 @@
 //! Everything that can be read of a vCPU, by group and name, so that two moments can be compared.
 
+use super::super::registers::in_use;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
@@ -33,7 +34,7 @@ impl Snapshot {
         let mut all = Self(BTreeMap::new());
         all.add_fields("registers", &vcpu.get_regs().unwrap());
         all.add_fields("system registers", &vcpu.get_sregs().unwrap());
-        for (i, word) in vcpu.get_xsave().unwrap().region.iter().enumerate() {
+        for (i, word) in in_use(vcpu.get_xsave().unwrap()).region.iter().enumerate() {
             all.add("extended state", format!("byte {:#x}", 4 * i), format!("{word:#x}"));
         }
         all.add_fields("extended control registers", &vcpu.get_xcrs().unwrap());
