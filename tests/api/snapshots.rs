@@ -165,8 +165,10 @@ fn snapshots_that_cannot_be_written_or_read_are_refused_and_leave_nothing() {
     check(b"no snapshot", "Load snapshot error");
     other.put("/snapshot/load", load(Path::new("/nowhere"), json!({}))).expect_refused("/nowhere");
     let uffd = json!({ "backend_type": "Uffd", "backend_path": "/socket" });
-    let uffd = json!({ "snapshot_path": api.path("state"), "mem_backend": uffd });
-    other.put("/snapshot/load", uffd).expect_refused("backend_type File");
+    let vsock = json!({ "uds_path": other.path("v") });
+    let uffd =
+        json!({ "snapshot_path": api.path("state"), "mem_backend": uffd, "vsock_override": vsock });
+    other.put("/snapshot/load", uffd).expect_refused("\"/socket\"");
     let elsewhere = json!({ "resume_vm": true, "vsock_override": { "uds_path": other.path("v") } });
     std::fs::write(dir.path().join("state"), &state).unwrap();
     std::fs::write(dir.path().join("memory"), [0; 4096]).unwrap();
