@@ -46,9 +46,9 @@ pub struct Plan {
     pub timeout: Duration,
 }
 
-/// How far from its overflow a counter is left running before a reset: two seconds or less. If it survives, the next life
-/// is far enough by then to take the NMI, on a busy host too; nobody waits for one that did not.
-const OVERFLOW_IN_CYCLES: u64 = 1 << 32;
+/// How far from its overflow a counter is left running before a reset: half a second or less. If it survives, the next life
+/// is far enough by then to take the NMI.
+const OVERFLOW_IN_CYCLES: u64 = 1 << 30;
 
 /// How long an overflow may take to become an NMI, on a busy host: a second or less.
 const DELIVERY_TICKS: u64 = 1 << 31;
