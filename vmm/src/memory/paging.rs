@@ -244,9 +244,9 @@ fn new_userfaultfd(device: &File) -> Result<OwnedFd, PagingError> {
 /// Nobody may hold references into the range: who has `faults` decides what is in it.
 unsafe fn register(faults: &OwnedFd, start: u64, len: u64) -> Result<(), PagingError> {
     let mut range = request::Register { start, len, mode: request::MISSING, ioctls: 0 };
+    let faults = faults.as_raw_fd();
     // SAFETY: the kernel reads and writes this structure alone; what it does to the range is the caller's matter.
-    let result =
-        unsafe { libc::ioctl(faults.as_raw_fd(), request::UFFDIO_REGISTER(), &raw mut range) };
+    let result = unsafe { libc::ioctl(faults, request::UFFDIO_REGISTER(), &raw mut range) };
     match result {
         0 => Ok(()),
         _ => Err(PagingError::Request {

@@ -59,10 +59,12 @@ fn start_info() -> Option<StartInfo> {
 /// The machine's generation at `address`. The host may have written another since it was read last.
 pub fn generation(address: u64) -> Option<[u8; GENERATION_LEN]> {
     let end = address.checked_add(GENERATION_LEN as u64)?;
+    if address == 0 || end > MAPPED {
+        return None;
+    }
     // SAFETY: bytes of mapped memory, where every pattern is valid. The host changes them while this processor does not run, which
     // a volatile read allows for.
-    (address != 0 && end <= MAPPED)
-        .then(|| unsafe { (address as *const [u8; GENERATION_LEN]).read_volatile() })
+    Some(unsafe { (address as *const [u8; GENERATION_LEN]).read_volatile() })
 }
 
 /// The command line up to the first byte that is no text; empty if there is none.
